@@ -1,0 +1,37 @@
+# Every recipe is one script in scripts/, so that all of it works without make too.
+# PYTHON=/path/to/python chooses the interpreter that .venv is built from.
+
+MODEL ?= $(firstword $(wildcard data/*.gguf))
+BENCH_ARGS ?= -p 64 -n 32 -r 3 -o md
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint notebooks bench clean
+
+help: ## this list
+	@echo "make TARGET; each one sets up .venv by itself when it has to:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: ## a trained MoE model talks with 25% of its experts resident
+	@sh scripts/demo.sh
+
+test: ## ruff, mypy, pytest, notebooks: what CI runs
+	@sh scripts/test.sh
+
+test-all: ## the same with the slow tests
+	@sh scripts/test.sh --all
+
+lint: ## ruff and mypy only
+	@sh scripts/test.sh --lint
+
+notebooks: ## open the course in JupyterLab
+	@sh scripts/notebooks.sh
+
+bench: ## tokens per second of MODEL (BENCH_ARGS: see moe-cupy bench --help)
+	@sh scripts/bootstrap.sh base
+	@.venv/bin/python -m moe_cupy bench -m "$(MODEL)" $(BENCH_ARGS)
+
+clean: ## remove caches and build leftovers (the environment goes with: rm -r .venv)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name .venv -prune -o -name .git -prune -o \
+	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

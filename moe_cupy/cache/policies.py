@@ -1,0 +1,106 @@
+"""Replacement policies: which resident expert to give up. Pure integers, no clock, no threads.
+
+A key is ``layer * expert_count + expert``. The cache tells a policy three things: an event is about
+to use these keys (``begin``), a key became resident (``admit``), a key left (``evict``). It asks one:
+whom to give up (``victim``). The simulator, the notebooks and the runtime use these same objects.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
+
+
+class Policy(Protocol):
+    """What a cache pool needs to know of a replacement rule."""
+
+    def begin(self, layer: int, keys: Sequence[int]) -> None:
+        """One event: a layer of a forward pass is about to use ``keys`` (resident or not)."""
+
+    def admit(self, key: int) -> None:
+        """``key`` became resident, by demand or by prefetch."""
+
+    def evict(self, key: int) -> None:
+        """``key`` is no longer resident."""
+
+    def victim(self, pinned: Collection[int]) -> int | None:
+        """A resident key to give up, never one of ``pinned``; None if there is none."""
+
+
+class LRU:
+    """Least recently used first. Source: the textbook; within an event the order of the ids counts."""
+
+    def __init__(self, slots: int = 0) -> None:
+        del slots  # the rule does not depend on how many there are
+        self._order: OrderedDict[int, None] = OrderedDict()  # residents, oldest use first
+
+    def begin(self, layer: int, keys: Sequence[int]) -> None:
+        for key in keys:
+            if key in self._order:
+                self._order.move_to_end(key)
+
+    def admit(self, key: int) -> None:
+        self._order[key] = None
+
+    def evict(self, key: int) -> None:
+        del self._order[key]
+
+    def victim(self, pinned: Collection[int]) -> int | None:
+        return next((key for key in self._order if key not in pinned), None)
+
+
+class LFU:
+    """Least frequently used first, ties by least recent use; counts survive eviction.
+
+    The heap holds one live entry a resident, (uses, last use, key); an entry whose figures are out of
+    date is replaced when it surfaces, so a use costs nothing and a victim O(log n).
+    """
+
+    def __init__(self, slots: int = 0) -> None:
+        del slots
+        self._now = 0
+        self._uses: dict[int, int] = {}
+        self._last: dict[int, int] = {}
+        self._resident: set[int] = set()
+        self._heap: list[tuple[int, int, int]] = []
+
+    def begin(self, layer: int, keys: Sequence[int]) -> None:
+        for key in keys:
+            self._now += 1
+            self._uses[key] = self._uses.get(key, 0) + 1
+            self._last[key] = self._now
+
+    def admit(self, key: int) -> None:
+        if key not in self._last:  # a prefetch of something never used: recent, but without uses
+            self._now += 1
+            self._last[key] = self._now
+        self._resident.add(key)
+        heapq.heappush(self._heap, self._entry(key))
+
+    def evict(self, key: int) -> None:
+        self._resident.remove(key)
+
+    def victim(self, pinned: Collection[int]) -> int | None:
+        passed: list[tuple[int, int, int]] = []
+        found = None
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            key = entry[2]
+            if key not in self._resident:
+                continue
+            if entry != self._entry(key):
+                heapq.heappush(self._heap, self._entry(key))
+                continue
+            passed.append(entry)
+            found = None if key in pinned else key
+        for entry in passed:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def _entry(self, key: int) -> tuple[int, int, int]:
+        return self._uses.get(key, 0), self._last[key], key
+
+
+POLICIES: dict[str, Callable[[int], Policy]] = {"lru": LRU, "lfu": LFU}

@@ -1,0 +1,212 @@
+"""Command line of the runtime: run | logits | perplexity | check | bench | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_cupy.cache import POLICIES
+from moe_cupy.device import CHOICES
+from moe_cupy.prefetch import PREFETCHERS
+from moe_ref.command import (
+    RequestError,
+    add_prompt,
+    add_sampling,
+    note,
+    print_json,
+    prompt_text,
+    read_text,
+    run_command,
+    token_list,
+    whole_file,
+)
+
+GPU_PLACEMENT = {"n_gpu_layers": "-ngl", "override_tensor": "-ot", "cpu_moe": "--cpu-moe", "n_cpu_moe": "--n-cpu-moe"}
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """How to run, in llama.cpp's spellings."""
+    add = parser.add_argument
+    add("-m", "--model", required=True, help="GGUF file")
+    add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
+    add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
+    add("--policy", choices=list(POLICIES), default="lru", help="whom to evict (default lru)")
+    add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
+    add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
+    add("-ub", "--ubatch-size", type=int, default=512, help="prompt tokens at a time (default 512)")
+    add("-ctk", "--cache-type-k", default="f32", help="type of cached keys: f32 (default), f16")
+    add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16")
+    add("-t", "--threads", type=int, default=None, help="threads for compute (default: all cores)")
+    add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
+    add("--reads", dest="reads_in_flight", type=int, default=4, help="expert reads in flight (default 4)")
+    add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", help="layers on the GPU (needs --device cuda)")
+    add("-ot", "--override-tensor", help="regex=device,… (needs --device cuda)")
+    add("-cmoe", "--cpu-moe", action="store_true", default=None, help="all experts on the CPU (needs --device cuda)")
+    add("-ncmoe", "--n-cpu-moe", type=int, help="experts of the first N layers on the CPU (needs --device cuda)")
+
+
+def open_engine(args: argparse.Namespace) -> Any:
+    """The engine that the flags describe; says on stderr which device and placement were chosen."""
+    from moe_cupy.engine import Engine, Options
+    from moe_cupy.kernels.host.compiled import first_run
+
+    if first_run():
+        note("compiling host kernels (first run only, some seconds)…")
+    for name, flag in GPU_PLACEMENT.items():
+        if getattr(args, name) is not None and args.device in ("auto", "host"):
+            note(f"{flag} has no effect on the host device: everything is computed by the CPU")
+    names = Options.__dataclass_fields__
+    engine = Engine(args.model, **{name: value for name, value in vars(args).items() if name in names})
+    note("\n".join([engine.device_reason, *engine.placement.lines()]))
+    return engine
+
+
+def cmd_run(args: argparse.Namespace) -> None:
+    """Text as it comes, then placement, tok/s, hits, bytes and stalls."""
+    from moe_ref.sampling import Sampler
+
+    from moe_cupy.tools.report import side_by_side
+    from moe_ref.tokenizer import StreamDecoder
+
+    sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    with open_engine(args) as engine:
+        text = prompt_text(args, engine.file.metadata)
+        ids = engine.tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
+        decoder, made = StreamDecoder(engine.tokenizer), []
+        print(text, end="", flush=True)
+        for token in engine.generate_tokens(ids, args.predict, sampler, engine.tokenizer.eog_ids):
+            made.append(token)
+            print(decoder.push(token), end="", flush=True)
+        print(decoder.flush())
+        stats = engine.stats
+        if args.json:
+            from moe_cupy.tools.bench import Result, as_record
+
+            ns = max(1, int(1e9 * stats.generated_seconds))
+            record = as_record(engine, Result("run", 0, stats.generated_tokens, (ns,), stats), warm=False)
+            print_json(record | {"n_prompt": len(ids), "text": engine.tokenizer.decode(made), "tokens": made})
+        else:
+            print("\n" + side_by_side([("", stats)]))
+
+
+def cmd_logits(args: argparse.Namespace) -> None:
+    """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
+    tokens = np.array(token_list(args.tokens), np.int32)
+    with open_engine(args) as engine:
+        logits = engine.logits(tokens)
+    with whole_file(args.output) as out:
+        np.savez(out, tokens=tokens, logits=logits)
+    note(f"{args.output}: logits of {len(tokens)} tokens, vocabulary {logits.shape[1]}")
+
+
+def cmd_perplexity(args: argparse.Namespace) -> None:
+    """Chunks of -c tokens, each a fresh context whose first token is not scored."""
+    from moe_ref.perplexity import chunk, perplexity, progress, report
+
+    args.ctx_size = args.ctx_size or 256
+    with open_engine(args) as engine:
+        ids = engine.tokenizer.encode(read_text(args.file), add_special=False, parse_special=False)
+        report(perplexity(engine.logits, progress(chunk(ids, args.ctx_size)[: args.chunks])), args.json)
+
+
+def cmd_check(args: argparse.Namespace) -> int:
+    """Every op against its reference, the whole model against moe_ref; exit code 1 on any disagreement."""
+    from moe_cupy.tools import check
+
+    with open_engine(args) as engine:
+        tokens = np.random.default_rng(args.seed).integers(0, engine.config.vocab_size, args.n_tokens)
+        outcomes = [*check.check_ops(engine.device, seed=args.seed), *check.check_model(engine, tokens)]
+    print(check.table(outcomes))
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def cmd_bench(args: argparse.Namespace) -> None:
+    """llama-bench's tests and columns, plus what the expert cache did."""
+    from moe_cupy.tools import bench
+
+    tests = [(n, 0) for n in args.n_prompt if n] + [(0, n) for n in args.n_gen if n]
+    if not tests or args.repetitions < 1:
+        raise RequestError("nothing to measure: give -p N or -n N above 0, and -r of at least 1")
+    args.ctx_size = args.ctx_size or max(map(sum, tests))
+    given = token_list(args.tokens if "," in args.tokens else "@" + args.tokens) if args.tokens else None
+    records = []
+    with open_engine(args) as engine:
+        for n_prompt, n_gen in tests:
+            result = bench.run_test(engine, n_prompt, n_gen, args.repetitions, args.warmup, given)
+            records.append(bench.as_record(engine, result, args.warmup))
+            note(f"{result.test}: {records[-1]['avg_ts']:.2f} tok/s")
+            if args.output == "jsonl":
+                print_json(records[-1])
+    if args.output == "json":
+        print(json.dumps(records, indent=1))
+    elif args.output == "md":
+        print(bench.markdown(records))
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    """What this machine has, measured, and a self-test of the kernels."""
+    from moe_cupy.device import open_device
+    from moe_cupy.tools import check, machine
+
+    for name, finding in machine.facts(args.folder):
+        print(f"{name:14} {finding}", flush=True)
+    device, _ = open_device("host")
+    outcomes = list(check.check_ops(device))
+    device.close()
+    print("\n" + check.table(outcomes))
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 128,512, found {text!r}") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line contract."""
+    parser = argparse.ArgumentParser("moe_cupy", description="Run mixture-of-experts models that do not fit.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, engine: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0].replace("%", "%%"), description=run.__doc__)
+        sub.set_defaults(run=run)
+        if engine:
+            add_engine(sub)
+        return sub
+
+    run = command("run", cmd_run)
+    add_prompt(run)
+    add_sampling(run)
+    logits = command("logits", cmd_logits)
+    logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
+    logits.add_argument("-o", "--output", required=True, help="file to write")
+    ppl = command("perplexity", cmd_perplexity)
+    ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
+    ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
+    check = command("check", cmd_check)
+    check.add_argument("--n-tokens", type=int, default=32, help="tokens of the whole-model check (default 32)")
+    check.add_argument("-s", "--seed", type=int, default=0, help="seed of the generated inputs (default 0)")
+    bench = command("bench", cmd_bench)
+    bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
+    bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
+    bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
+    bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
+    bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
+    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="start with an empty cache")
+    doctor = command("doctor", cmd_doctor, engine=False)
+    doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
+    for sub in (run, ppl):
+        sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: args.run(args))

@@ -1,0 +1,37 @@
+"""Devices: where ops run and bytes lie. ``open_device`` picks one and never falls back silently."""
+
+from __future__ import annotations
+
+from moe_cupy.device.base import Device, DeviceError
+
+CHOICES = ("auto", "cuda", "host", "emulated")
+
+
+def open_device(choice: str, threads: int | None = None) -> tuple[Device, str]:
+    """The device asked for and a sentence that says why it. Raises DeviceError if it cannot be had."""
+    if choice == "host":
+        return _host(threads), "host device, as asked"
+    if choice == "auto":
+        return _host(threads), "auto chose the host device: there is no CUDA device in this version"
+    if choice == "cuda":
+        raise DeviceError(f"--device cuda: {missing_for_cuda()}")
+    if choice == "emulated":
+        raise DeviceError("--device emulated: not in this version; use --device host")
+    raise DeviceError(f"--device {choice}: unknown; use one of {', '.join(CHOICES)}")
+
+
+def missing_for_cuda() -> str:
+    """What stands between this machine and ``--device cuda``, and what to do about it."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed; pip install 'moe-offload[cuda13]' (or cuda12), or use --device host"
+    if not cupy.cuda.is_available():
+        return "CuPy finds no GPU or no driver (see nvidia-smi); use --device host"
+    return "a GPU is here, but this version has no CUDA kernels yet; use --device host"
+
+
+def _host(threads: int | None) -> Device:
+    from moe_cupy.device.host import HostDevice
+
+    return HostDevice(threads)

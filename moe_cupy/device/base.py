@@ -1,0 +1,89 @@
+"""What a device must offer. No method takes a policy or a model: a device moves bytes and runs ops.
+
+Buffers are array objects with NumPy's slicing, views and dtypes (numpy.ndarray on the host,
+cupy.ndarray on a GPU). Work goes to streams; a stream runs its work in order; events order work
+between streams and let the host wait. A failure inside a stream travels along its events: whoever
+waits is told, and the stream runs nothing more until ``recover``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class DeviceError(RuntimeError):
+    """The device asked for is not usable here; says what is missing and what to do."""
+
+    is_request = True  # for the command line: the request was wrong, not the work
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def done(self) -> bool:
+        """Whether everything before the point has run (or failed)."""
+
+    def synchronize(self) -> None:
+        """Block the host until ``done``; raises what the work raised."""
+
+
+class Stream(Protocol):
+    """Work that runs in order."""
+
+    name: str
+
+    def record(self) -> Event:
+        """An event after all work enqueued so far."""
+
+    def wait(self, event: Event, reason: str) -> None:
+        """Later work waits for ``event``; time lost is booked under ``reason``."""
+
+
+class WorkQueue(Protocol):
+    """Workers that run independent pieces of host work, the most urgent first (disk reads)."""
+
+    def submit(self, work: Callable[[], None], urgency: int, after: Event | None = None, name: str = "") -> Event:
+        """Run ``work`` on some worker, lower ``urgency`` first; not before ``after``. Returns its completion."""
+
+    def promote(self, event: Event, urgency: int) -> None:
+        """Make work that has not begun more urgent; no effect once it runs."""
+
+
+class Device(Protocol):
+    """Memory, streams and the ops of the kernel table on one device."""
+
+    name: str
+
+    def alloc(self, nbytes: int) -> Any:
+        """Uninitialised uint8 [nbytes] in device memory."""
+
+    def pinned(self, nbytes: int) -> Any:
+        """Page-aligned uint8 [nbytes] in host memory that copies to the device can read directly."""
+
+    def stream(self, name: str) -> Stream:
+        """The stream of this name, made on first use."""
+
+    def workers(self, name: str, count: int) -> WorkQueue:
+        """A queue of host work served by ``count`` workers."""
+
+    def copy_async(self, dst: Any, src: Any, stream: Stream) -> None:
+        """Copy src into dst (same shape and dtype) in stream order."""
+
+    def launch(self, op: str, stream: Stream, **buffers: Any) -> None:
+        """Run an op of the kernel table on buffers in stream order."""
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of device memory."""
+
+    def stalls(self) -> dict[str, float]:
+        """Seconds that streams have waited, by reason."""
+
+    def synchronize(self) -> None:
+        """Block until all streams and queues are idle; raises the first failure."""
+
+    def recover(self) -> None:
+        """After a failure: wait until everything is idle, then forget it, so that work can go on."""
+
+    def close(self) -> None:
+        """End all workers; the device is not usable afterwards."""

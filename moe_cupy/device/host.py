@@ -1,0 +1,113 @@
+"""The host device: RAM is device memory, Numba kernels are its ops, worker threads its streams."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from moe_cupy.device.threads import ThreadQueue, ThreadStream
+from moe_cupy.kernels.table import OPS
+
+SPLIT_WORK = 1 << 17  # multiply-adds below which a second thread costs more than it brings (about 30 us)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class RowSplitter:
+    """Splits a kernel's range of rows over threads. Kernels release the interpreter lock."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "kernel") if threads > 1 else None
+
+    def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None:
+        """kernel(*args, first, last) over 0..rows, in one piece if the work is small."""
+        pieces = min(self.threads, rows * work_per_row // SPLIT_WORK + 1, rows)
+        if self._pool is None or pieces <= 1:
+            kernel(*args, 0, rows)
+            return
+        cuts = [rows * i // pieces for i in range(pieces + 1)]
+        others = [self._pool.submit(kernel, *args, a, b) for a, b in zip(cuts[1:-1], cuts[2:], strict=True)]
+        kernel(*args, 0, cuts[1])
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class HostDevice:
+    """Runs everything on this machine's cores. ``threads`` is llama.cpp's ``-t``."""
+
+    name = "host"
+
+    def __init__(self, threads: int | None = None):
+        self.threads = threads or usable_cores()
+        self.split = RowSplitter(self.threads)
+        self._streams: dict[str, ThreadStream] = {}
+        self._queues: list[ThreadQueue] = []
+
+    def alloc(self, nbytes: int) -> np.ndarray:
+        """Uninitialised uint8 [nbytes], page-aligned; pages count against memory when first touched."""
+        pages = mmap.mmap(-1, max(1, nbytes))
+        return np.frombuffer(pages, np.uint8)[:nbytes]
+
+    pinned = alloc
+
+    def stream(self, name: str) -> ThreadStream:
+        if name not in self._streams:
+            self._streams[name] = ThreadStream(name)
+        return self._streams[name]
+
+    def workers(self, name: str, count: int) -> ThreadQueue:
+        self._queues.append(ThreadQueue(name, count))
+        return self._queues[-1]
+
+    def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
+        stream.run(lambda: np.copyto(dst, src))
+
+    def launch(self, op: str, stream: Any, **buffers: Any) -> None:
+        run = OPS[op].host
+        stream.run(lambda: run(self.split, **buffers))
+
+    def memory(self) -> tuple[int, int]:
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+    def stalls(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for stream in self._streams.values():
+            total.update(stream.stalls)
+        return dict(total)
+
+    def synchronize(self) -> None:
+        for stream in self._streams.values():
+            stream.record().synchronize()
+
+    def recover(self) -> None:
+        for stream in self._streams.values():
+            stream.record().block()
+        for workers in self._queues:
+            workers.drain()
+        for stream in self._streams.values():
+            stream.clear()
+
+    def close(self) -> None:
+        for workers in self._queues:
+            workers.close()
+        for stream in self._streams.values():
+            stream.close()
+        self.split.close()
+        self._queues.clear()
+        self._streams.clear()

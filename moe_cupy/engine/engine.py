@@ -1,0 +1,249 @@
+"""``Engine``: a model file, a memory budget, and text out of it."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from moe_ref.sampling import Sampler
+
+from moe_cupy.cache import POLICIES, Counters
+from moe_cupy.device import open_device
+from moe_cupy.device.base import Device
+from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
+from moe_cupy.engine.kv import DeviceKV
+from moe_cupy.engine.placement import Placement, place_experts
+from moe_cupy.engine.stats import Stats
+from moe_cupy.engine.weights import load_dense
+from moe_cupy.prefetch import PREFETCHERS
+from moe_ref.config import load_config
+from moe_ref.gguf import open_gguf
+from moe_ref.tensors import check_tensors, vocab_rows
+from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+DEFAULT_CONTEXT = 4096  # tokens, where neither the caller nor the model asks for less
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to run; the names and defaults are those of the command line."""
+
+    cache: str = "auto"  # 2GiB | 25% | slots:N | auto
+    policy: str = "lru"
+    prefetch: str = "none"
+    device: str = "auto"
+    threads: int | None = None
+    ctx_size: int = 0  # 0: the model's, at most DEFAULT_CONTEXT
+    ubatch_size: int = 512
+    cache_type_k: str = "f32"
+    cache_type_v: str = "f32"
+    direct_io: bool = True
+    reads_in_flight: int = 4
+
+    def __post_init__(self) -> None:
+        for value, table, flag in (
+            (self.policy, POLICIES, "--policy"),
+            (self.prefetch, PREFETCHERS, "--prefetch"),
+        ):
+            if value not in table:
+                raise ValueError(f"{flag} {value}: unknown; use one of {', '.join(table)}")
+        for name in ("ubatch_size", "reads_in_flight", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is too small; use at least 1")
+        if self.ctx_size < 0:
+            raise ValueError(f"ctx_size: {self.ctx_size} is negative; 0 takes the model's")
+
+
+class Engine:
+    """A model ready to run. Use as a context manager, or ``close`` it.
+
+    ``cache`` bounds the routed experts that are resident over all layers; the keywords are the fields of
+    ``Options``. Raises GGUFError, ConfigError or FormatError for a file that cannot be run, BudgetError for
+    a cache too small, DeviceError for a device that is not here; later TokenizerError where text is asked
+    of a file without a usable tokenizer, and StoreError where expert bytes cannot be read. After a
+    StoreError the engine is usable: what failed is read again when next wanted.
+    """
+
+    def __init__(self, model: str | os.PathLike, *, _device: Device | None = None, **options: Any):
+        self.options = o = Options(**options)
+        self.file = open_gguf(model)
+        self.config = load_config(self.file.metadata, vocab_rows(self.file))
+        check_tensors(self.config, self.file)
+        self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads)
+        self._tokenizer: Tokenizer | None = None
+        self._resources: list[Any] = [self.device, self.file]
+        self._finalizer = weakref.finalize(self, _close_all, self._resources)
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self, prompt: str | Sequence[int], max_tokens: int = 128, sampler: Sampler | None = None
+    ) -> Iterator[str]:
+        """Text that follows ``prompt``, piece by piece; greedy unless a sampler is given. -1: until it ends."""
+        decoder = StreamDecoder(self.tokenizer)
+        for token in self.generate_tokens(prompt, max_tokens, sampler):
+            yield decoder.push(token)
+        yield decoder.flush()
+
+    def generate_tokens(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 128,
+        sampler: Sampler | None = None,
+        stop: Collection[int] | None = None,
+    ) -> Iterator[int]:
+        """Ids that follow ``prompt``; ends before an id of ``stop``, at ``max_tokens``, or with the context.
+
+        ``stop`` is the end-of-generation tokens for a text, nothing for a list of ids, unless given.
+        Raises ValueError for an empty prompt or one that does not fit the context.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if stop is None:
+            stop = self.tokenizer.eog_ids if isinstance(prompt, str) else ()
+        pick = (sampler or Sampler()).sample
+        self.reset()
+        logits = self.prefill(ids)
+        count = 0
+        while count != max_tokens and (token := int(pick(logits))) not in stop:
+            yield token
+            count += 1
+            if count == max_tokens or self.kv.length == self.kv.capacity:
+                return
+            logits = self.decode(token)
+
+    def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s."""
+        self.reset()
+        ids = self._checked(tokens)
+        step = self.options.ubatch_size
+        return np.concatenate([self._timed(ids[i : i + step], False, True) for i in range(0, len(ids), step)])
+
+    def prefill(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Feed ``tokens`` [T] after what was fed before; logits [vocab] of the last."""
+        ids = self._checked(tokens)
+        step = self.options.ubatch_size
+        for i in range(0, len(ids), step):
+            logits = self._timed(ids[i : i + step], True, True)
+        return logits[-1]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Feed one generated token; logits [vocab] for the next."""
+        return self._timed(self._checked([token]), True, False)[-1]
+
+    def reset(self) -> None:
+        """Begin a new sequence: the KV cache is emptied, resident experts stay."""
+        self.kv.length = 0
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, special tokens parsed and added as the model's file says."""
+        return self.tokenizer.encode(text, add_special=True, parse_special=True)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Built from the file when first needed; raises TokenizerError where it cannot be."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.file.metadata)
+        return self._tokenizer
+
+    @property
+    def stats(self) -> Stats:
+        """The counters so far."""
+        stalled = self.device.stalls().get(WAIT_EXPERTS, 0.0) - self._stalled_before
+        moved: dict[str, Any] = self.mover.counters() if self.mover is not None else {}
+        return replace(self._stats, stall_us=int(1e6 * stalled), **moved)
+
+    def reset_stats(self) -> None:
+        """Start counting from zero; what is resident stays."""
+        mover = self.mover
+        self._stalled_before = self.device.stalls().get(WAIT_EXPERTS, 0.0)
+        if mover is not None:
+            mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
+            for pool in mover.cache.pools:
+                pool.counters = Counters()
+        self._stats = Stats(
+            device=self.device.name,
+            policy=self.options.policy,
+            prefetch=self.options.prefetch,
+            cache_slots=self.placement.slots,
+            cache_bytes=self.placement.cache_bytes,
+            experts=self.placement.experts,
+        )
+
+    def close(self) -> None:
+        """End all threads and close the file; idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _load(self) -> None:
+        o, c = self.options, self.config
+        self.weights = load_dense(self.device, self.file, c)
+        self.mover, reason = None, ""
+        if c.quirks.moe:
+            self.mover, reason = place_experts(
+                self.device, self.file, c, o.cache, o.policy, o.direct_io, o.reads_in_flight
+            )
+            self._resources.append(self.mover.store)
+        self.placement = Placement.of(self.weights.nbytes, self.mover, reason)
+        capacity = o.ctx_size or min(DEFAULT_CONTEXT, c.context_length)
+        self.kv = DeviceKV(self.device, c, capacity, o.cache_type_k, o.cache_type_v)
+        self.forward = Forward(self.device, c, self.weights, self.mover, PREFETCHERS[o.prefetch]())
+        self.reset_stats()
+
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = np.asarray(tokens, np.int64)
+        if ids.ndim != 1 or not len(ids):
+            raise ValueError("tokens: expected a non-empty list of ids; an empty prompt has nothing to continue")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(f"tokens: ids must be in 0..{self.config.vocab_size - 1}")
+        if self.kv.length + len(ids) > self.kv.capacity:
+            raise ValueError(
+                f"{self.kv.length + len(ids)} tokens do not fit the context of {self.kv.capacity}; raise -c (ctx_size)"
+            )
+        return ids
+
+    def _timed(self, ids: np.ndarray, last_only: bool, is_prompt: bool) -> np.ndarray:
+        """One pass; on any failure the pipeline is emptied first, so that the engine stays usable."""
+        start = time.perf_counter()
+        try:
+            logits = self.forward(ids, self.kv, last_only)
+        except BaseException:
+            self._recover()
+            raise
+        self.kv.length += len(ids)
+        self._count(len(ids), time.perf_counter() - start, is_prompt)
+        return logits
+
+    def _count(self, tokens: int, seconds: float, is_prompt: bool) -> None:
+        s = self._stats
+        if is_prompt:
+            self._stats = replace(
+                s, prompt_tokens=s.prompt_tokens + tokens, prompt_seconds=s.prompt_seconds + seconds
+            )
+        else:
+            self._stats = replace(
+                s, generated_tokens=s.generated_tokens + tokens, generated_seconds=s.generated_seconds + seconds
+            )
+
+    def _recover(self) -> None:
+        self.device.recover()
+        if self.mover is not None:
+            self.mover.recover()
+
+
+def _close_all(resources: list[Any]) -> None:
+    for resource in resources:
+        resource.close()

@@ -1,0 +1,91 @@
+"""How much memory the experts get: from the request to slots, store and cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_cupy.cache import POLICIES, BudgetError, ExpertCache, Request, SizeClass, allot, parse_cache
+from moe_cupy.device.base import Device
+from moe_cupy.engine.experts import ExpertMover
+from moe_cupy.store import ExpertStore, Layout, RangeFile, expert_layout
+from moe_ref.config import ModelConfig
+from moe_ref.gguf import GGUFFile
+
+AUTO_SHARE_OF_FREE = 0.6  # of free memory that --cache auto takes for experts
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What was decided, for the report."""
+
+    dense_bytes: int  # resident for good
+    routed_bytes: int  # all routed experts, as they stand in the file
+    experts: int
+    slots: int
+    cache_bytes: int
+    how_read: str
+    reason: str  # where the cache size came from
+
+    @classmethod
+    def of(cls, dense_bytes: int, mover: ExpertMover | None, reason: str) -> Placement:
+        """The placement of a loaded model; ``mover`` is None in a dense one."""
+        if mover is None:
+            return cls(dense_bytes, 0, 0, 0, 0, "", "no routed experts")
+        layout = mover.layout
+        return cls(
+            dense_bytes=dense_bytes,
+            routed_bytes=layout.routed_bytes(),
+            experts=layout.expert_count * len(layout.layers),
+            slots=sum(pool.slots for pool in mover.cache.pools),
+            cache_bytes=mover.cache_bytes,
+            how_read=mover.store.file.how,
+            reason=reason,
+        )
+
+    def lines(self) -> list[str]:
+        """The placement as a person reads it."""
+        mib = 1 / 2**20
+        share = 100 * self.slots / self.experts if self.experts else 0
+        lines = [f"dense part   {self.dense_bytes * mib:9.1f} MiB  resident"]
+        if self.experts:
+            lines += [
+                f"experts      {self.routed_bytes * mib:9.1f} MiB  {self.experts} on disk, {self.how_read}",
+                f"expert cache {self.cache_bytes * mib:9.1f} MiB  {self.slots} slots = {share:.0f}% ({self.reason})",
+            ]
+        return lines
+
+
+def size_classes(store: ExpertStore) -> list[SizeClass]:
+    """The store's size classes as the budget sees them."""
+    layout = store.layout
+    return [
+        SizeClass(layout.expert_count * layout.class_of_layer.count(i), store.slot_bytes(i))
+        for i in range(len(layout.classes))
+    ]
+
+
+def cache_request(text: str, classes: list[SizeClass], free_bytes: int) -> tuple[Request, str]:
+    """A ``--cache`` value as a request, and a sentence about it; "auto" takes what free memory allows."""
+    if text != "auto":
+        return parse_cache(text), f"--cache {text}"
+    wanted = sum(c.experts * c.slot_bytes for c in classes)
+    allowed = int(free_bytes * AUTO_SHARE_OF_FREE)
+    why = f"auto: {AUTO_SHARE_OF_FREE:.0%} of {free_bytes / 2**30:.1f} GiB free"
+    return (Request(nbytes=allowed), why) if wanted > allowed else (Request(nbytes=wanted), f"{why} holds all")
+
+
+def place_experts(
+    device: Device, file: GGUFFile, config: ModelConfig, cache: str, policy: str, direct_io: bool, in_flight: int
+) -> tuple[ExpertMover, str]:
+    """Open the store and allocate the slots. Raises BudgetError if the budget cannot hold one token's experts."""
+    layout: Layout = expert_layout(file, config.block_count, config.expert_count)
+    store = ExpertStore(RangeFile(file.path, direct_io), layout)
+    try:
+        classes = size_classes(store)
+        request, reason = cache_request(cache, classes, device.memory()[0])
+        slots = allot(request, classes, config.expert_used_count)
+        experts = ExpertCache(config.expert_count, layout.class_of_layer, slots, POLICIES[policy])
+        return ExpertMover(device, store, experts, in_flight), reason
+    except (BudgetError, MemoryError):
+        store.close()
+        raise

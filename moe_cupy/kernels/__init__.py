@@ -1,0 +1,1 @@
+"""One op, one row: its NumPy reference, its host kernel, its CUDA kernel (``table.py``)."""

@@ -1,0 +1,101 @@
+"""``check``: every op against its reference, then whole models against ``moe_ref``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_cupy.device.base import Device
+from moe_cupy.kernels.cases import Case, all_cases
+from moe_cupy.kernels.host.matmul import SUPPORTED
+from moe_cupy.kernels.table import OPS
+from moe_ref.model import Model
+
+WHOLE_MODEL_TOLERANCE = 1e-3  # times max(1, std of the logits), as for the reference against llama.cpp
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One row of the table: how far off, as a share of what is allowed."""
+
+    name: str
+    cases: int
+    worst: float  # error / tolerance; exact matches where the tolerance is 0 count as 0
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case stayed within its tolerance."""
+        return self.worst <= 1
+
+
+def _copy(buffers: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in buffers.items()}
+
+
+def _wide(buffers: dict[str, Any], outputs: tuple[str, ...]) -> dict[str, Any]:
+    """Float32 outputs become float64, so that the reference is not rounded before it is compared."""
+    return {
+        name: value.astype(np.float64) if name in outputs and value.dtype == np.float32 else value
+        for name, value in _copy(buffers).items()
+    }
+
+
+def error_over_tolerance(case: Case, device: Device) -> float:
+    """Run a case on the device and in the reference; the worst element's error as a share of its bound."""
+    got, want = _copy(case.buffers), _wide(case.buffers, case.outputs)
+    OPS[case.op].reference(**want)
+    device.launch(case.op, device.stream("check"), **got)
+    device.synchronize()
+    allowed = case.allowed()
+    return max(_ratio(got[name], want[name], allowed[name]) for name in case.outputs)
+
+
+def _ratio(got: np.ndarray, want: np.ndarray, allowed: np.ndarray | float) -> float:
+    exact = want.astype(got.dtype) if np.isscalar(allowed) and allowed == 0 else want
+    error = np.abs(got.astype(np.float64) - exact.astype(np.float64))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(error == 0, 0.0, error / allowed)
+    return float("inf") if np.isnan(ratio).any() else float(ratio.max())
+
+
+def check_ops(device: Device, formats: tuple[str, ...] = SUPPORTED, seed: int = 0) -> Iterator[Outcome]:
+    """One outcome an op, over all cases and formats."""
+    rows: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for case in all_cases(formats, seed):
+        rows[case.op].append((error_over_tolerance(case, device), case.label))
+    for op, results in rows.items():
+        worst, where = max(results)
+        yield Outcome(op, len(results), worst, where)
+
+
+def compare_logits(name: str, got: np.ndarray, want: np.ndarray) -> Outcome:
+    """Whole-model logits [T, vocab]: within tolerance and the same top-1 at every position."""
+    allowed = WHOLE_MODEL_TOLERANCE * max(1.0, float(want.std()))
+    error = np.abs(got - want).max(axis=1)
+    differs = got.argmax(axis=1) != want.argmax(axis=1)
+    gap = np.sort(want, axis=1)[:, -1] - np.sort(want, axis=1)[:, -2]
+    worst = float("inf") if (differs & (gap > 2 * error)).any() else float(error.max()) / allowed
+    return Outcome(name, len(want), worst, f"position {int(error.argmax())}: {error.max():.1e} of {allowed:.1e}")
+
+
+def check_model(engine: Any, tokens: np.ndarray) -> Iterator[Outcome]:
+    """The engine against ``moe_ref`` on the same file: in one pass, and token by token."""
+    want = Model(engine.file).logits(tokens)
+    yield compare_logits("model, one pass", engine.logits(tokens), want)
+    engine.reset()
+    steps = np.stack([engine.decode(int(token)).copy() for token in tokens])
+    yield compare_logits("model, by token", steps, want)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The outcomes as a table."""
+    lines = [f"{'what':18} {'cases':>5}  {'error/tolerance':>15}  result  worst case"]
+    lines += [
+        f"{o.name:18} {o.cases:>5}  {o.worst:>15.3g}  {'ok    ' if o.passed else 'WRONG '}  {o.where}" for o in outcomes
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""The numbers of a run as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_cupy.engine.stats import Stats
+
+
+def _figures(s: Stats) -> list[tuple[str, str]]:
+    per_token = 1000 / max(1, s.tokens)
+    wasted = s.bytes_wasted / max(1, s.tokens)
+    share = 100 * s.cache_slots / s.experts if s.experts else 100.0
+    return [
+        ("experts resident", f"{s.cache_slots} of {s.experts} ({share:.0f}%)"),
+        ("cache memory", f"{s.cache_bytes / 2**20:.1f} MiB"),
+        ("prompt", f"{s.prompt_tokens} tokens, {s.prompt_tok_s:.1f} tok/s"),
+        ("decode", f"{s.generated_tokens} tokens, {s.decode_tok_s:.1f} tok/s"),
+        ("hit rate", f"{s.hit_rate:.1%} ({s.hits} hits, {s.misses} misses, {s.late} late)"),
+        ("read per token", f"{s.bytes_per_token / 2**20:.2f} MiB ({wasted / 2**20:.2f} wasted)"),
+        ("stall per token", f"{s.stall_us * 1e-6 * per_token:.2f} ms waiting for experts"),
+        ("policy, prefetch", f"{s.policy}, {s.prefetch}"),
+    ]
+
+
+def side_by_side(columns: Sequence[tuple[str, Stats]]) -> str:
+    """One column of figures for each (heading, stats)."""
+    rows = [_figures(stats) for _, stats in columns]
+    cells = [["", *(heading for heading, _ in columns)]]
+    cells += [[name, *(row[i][1] for row in rows)] for i, (name, _) in enumerate(rows[0])]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)

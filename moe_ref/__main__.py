@@ -1,0 +1,160 @@
+"""Command line of the reference: inspect | logits | generate | perplexity | tokenize | dequantize."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moe_ref.command import (
+    RequestError,
+    add_prompt,
+    add_sampling,
+    note,
+    print_json,
+    prompt_text,
+    read_text,
+    run_command,
+    token_list,
+    whole_file,
+)
+from moe_ref.gguf import open_gguf
+from moe_ref.inspect import describe, table
+from moe_ref.model import Model
+from moe_ref.perplexity import chunk, perplexity, progress, report
+from moe_ref.quants import dequantize
+from moe_ref.sampling import Sampler
+
+
+def cmd_inspect(args: argparse.Namespace) -> None:
+    """Architecture, tensors and where the bytes are; works for any GGUF and says what is unsupported."""
+    with open_gguf(args.model) as file:
+        facts = describe(file)
+    if args.json:
+        print_json(facts)
+    else:
+        print(table(facts))
+
+
+def cmd_logits(args: argparse.Namespace) -> None:
+    """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
+    tokens = np.array(token_list(args.tokens), np.int32)
+    logits = Model(args.model).logits(tokens).astype(np.float32)
+    with whole_file(args.output) as out:
+        np.savez(out, tokens=tokens, logits=logits)
+    note(f"{args.output}: logits of {len(tokens)} tokens, vocabulary {logits.shape[1]}")
+
+
+def continuation(model: Model, ids: Sequence[int], n_predict: int, sampler: Sampler, stop: frozenset[int]) -> Iterator:
+    """Yield token ids that follow ``ids`` until ``n_predict``, an id of ``stop``, or the end of the context."""
+    cache = model.new_cache()
+    logits = model.forward(ids, cache)[-1]
+    count = 0
+    while count != n_predict and (token := sampler.sample(logits)) not in stop:
+        yield token
+        count += 1
+        if count == n_predict or cache.length >= model.config.context_length:
+            return
+        logits = model.forward([token], cache)[-1]
+
+
+def cmd_generate(args: argparse.Namespace) -> None:
+    """Text as it comes."""
+    from moe_ref.tokenizer import StreamDecoder, load_tokenizer
+
+    model = Model(args.model)
+    tokenizer = load_tokenizer(model.file.metadata)
+    text = prompt_text(args, model.file.metadata)
+    ids = tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
+    if not ids or len(ids) > model.config.context_length:
+        raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{model.config.context_length}")
+    sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    decoder, made = StreamDecoder(tokenizer), []
+    print(text, end="", flush=True)
+    for token in continuation(model, ids, args.predict, sampler, tokenizer.eog_ids):
+        made.append(token)
+        print(decoder.push(token), end="", flush=True)
+    print(decoder.flush())
+    if args.json:
+        print_json({"prompt": text, "text": tokenizer.decode(made), "tokens": [int(t) for t in made]})
+
+
+def cmd_perplexity(args: argparse.Namespace) -> None:
+    """Chunks of -c tokens, each a fresh context whose first token is not scored."""
+    from moe_ref.tokenizer import load_tokenizer
+
+    model = Model(args.model)
+    ids = load_tokenizer(model.file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
+    report(perplexity(model.logits, progress(chunk(ids, args.ctx_size)[: args.chunks])), args.json)
+
+
+def cmd_tokenize(args: argparse.Namespace) -> None:
+    """Token ids of a text."""
+    from moe_ref.tokenizer import load_tokenizer
+
+    text = args.prompt if args.prompt is not None else read_text(args.file)
+    with open_gguf(args.model) as file:
+        tokenizer = load_tokenizer(file.metadata)
+    ids = tokenizer.encode(text, add_special=not args.no_special, parse_special=not args.no_parse_special)
+    if args.json:
+        print_json({"tokens": ids})
+    else:
+        print(" ".join(map(str, ids)))
+
+
+def cmd_dequantize(args: argparse.Namespace) -> None:
+    """One tensor as a float32 .npy file, in NumPy order."""
+    with open_gguf(args.model) as file:
+        if args.tensor not in file.tensors:
+            raise RequestError(f"{args.tensor}: no such tensor; `python -m moe_ref inspect` lists them")
+        info = file.tensors[args.tensor]
+        array = dequantize(file.read(args.tensor), info.type, info.shape, info.name)
+    with whole_file(args.output) as out:
+        np.save(out, array)
+    note(f"{args.output}: {args.tensor} {list(info.shape)} from {info.type}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line contract."""
+    parser = argparse.ArgumentParser("moe_ref", description="Reference for mixture-of-experts GGUF models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
+        sub.set_defaults(run=run)
+        sub.add_argument("model", metavar="MODEL", help="GGUF file")
+        return sub
+
+    inspect, logits = command("inspect", cmd_inspect), command("logits", cmd_logits)
+    generate, ppl = command("generate", cmd_generate), command("perplexity", cmd_perplexity)
+    tokenize, deq = command("tokenize", cmd_tokenize), command("dequantize", cmd_dequantize)
+    logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
+    logits.add_argument("--act", choices=["f32"], default="f32", help="activation rounding (q8 is not in this version)")
+    deq.add_argument("tensor", metavar="TENSOR")
+    for sub in (logits, deq):
+        sub.add_argument("-o", "--output", required=True, help="file to write")
+    add_prompt(generate)
+    add_sampling(generate)
+    ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
+    ppl.add_argument("-c", "--ctx-size", type=int, default=256, help="tokens of a chunk (default 256)")
+    ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
+    source = tokenize.add_mutually_exclusive_group(required=True)
+    source.add_argument("-p", "--prompt", help="text")
+    source.add_argument("-f", "--file", help="UTF-8 file")
+    tokenize.add_argument("--no-special", action="store_true", help="do not add begin/end tokens")
+    tokenize.add_argument("--no-parse-special", action="store_true", help="read special tokens as plain text")
+    for sub in (inspect, generate, ppl, tokenize):
+        sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

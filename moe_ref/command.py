@@ -1,0 +1,134 @@
+"""What both command lines share: exit codes, errors in one line, JSON last, files written whole or not at all.
+
+Exit codes: 0 fine, 1 the work failed, 2 the request was wrong (bad flag, bad file, unsupported model).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+class RequestError(ValueError):
+    """A request that cannot be met as it stands; the message says what to do."""
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run ``main``; user mistakes become one line on stderr and exit code 2, failed work 1, Ctrl-C 130."""
+    try:
+        return main() or 0
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except MemoryError as error:
+        return _complain(f"out of memory: {error or 'use a smaller cache, context or model'}", 1)
+    except ValueError as error:  # GGUFError, ConfigError, FormatError, TokenizerError, RequestError, …
+        return _complain(str(error), 2)
+    except (OSError, RuntimeError) as error:
+        return _complain(str(error), 2 if getattr(error, "is_request", False) else 1)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def print_json(value: Any) -> None:
+    """One JSON object as one line on stdout (the last, by contract)."""
+    print(json.dumps(value), flush=True)
+
+
+def note(message: str) -> None:
+    """Progress and remarks go to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Open ``path`` for writing such that it appears complete or not at all; an old file survives a failure."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise RequestError(f"{target}: there is no folder {target.parent}")
+    if target.is_dir():
+        raise RequestError(f"{target}: is a folder; name a file in it")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def token_list(text: str) -> list[int]:
+    """``1,2,3`` -> [1, 2, 3]; ``@FILE`` reads ids separated by commas or white space from a file."""
+    if text.startswith("@"):
+        text = read_text(text[1:])
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise RequestError(f"--tokens: expected ids such as 1,2,3 or @FILE, found {text[:60]!r}")
+    return [int(word) for word in words]
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file, newlines untouched; raises RequestError where it cannot be read."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """llama.cpp's sampling flags. Greedy unless --temp is given, so that two runs agree."""
+    parser.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=40, help="keep the k likeliest; 0 keeps all (default 40)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="keep this much probability (default 0.95)")
+    parser.add_argument("--min-p", type=float, default=0.05, help="drop below this share of the best (default 0.05)")
+    parser.add_argument("-s", "--seed", type=int, default=-1, help="-1 takes a new one each run (default)")
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """llama.cpp's prompt flags."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("-p", "--prompt", help="text to continue")
+    group.add_argument("-f", "--file", help="read the prompt from a file")
+    parser.add_argument("-n", "--predict", "--n-predict", type=int, default=-1, help="tokens; -1 until it ends")
+    parser.add_argument("-cnv", "--conversation", action="store_true", help="send the prompt as a chat message")
+    parser.add_argument("-sys", "--system-prompt", help="system message, with -cnv")
+
+
+def prompt_text(args: argparse.Namespace, metadata: Any) -> str:
+    """The prompt as the model shall see it: as given, or through the file's chat template with -cnv."""
+    text = args.prompt if args.prompt is not None else read_text(args.file)
+    if not args.conversation:
+        if args.system_prompt:
+            raise RequestError("-sys needs -cnv: a system message exists only in a conversation")
+        return text
+    from moe_ref.chat import render_chat
+
+    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    return render_chat(metadata, [*system, {"role": "user", "content": text}])

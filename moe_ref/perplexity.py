@@ -1,0 +1,55 @@
+"""Perplexity: the exponential of the mean surprise at each next token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from moe_ref.command import print_json
+
+
+def chunk(tokens: Sequence[int], size: int) -> np.ndarray:
+    """Cut tokens into whole chunks [n, size]; a shorter rest is dropped. Raises ValueError if there is no whole one."""
+    if size < 2:
+        raise ValueError(f"-c {size}: a chunk needs at least 2 tokens, since its first is not scored")
+    count = len(tokens) // size
+    if not count:
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one chunk of {size}; use a smaller -c")
+    return np.asarray(tokens[: count * size], dtype=np.int64).reshape(count, size)
+
+
+def chunk_loss(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """-log p of tokens 1..T-1 given those before, in nats; logits [T, vocab], tokens [T] -> [T-1]."""
+    scores = logits[:-1].astype(np.float64)
+    top = scores.max(axis=-1)
+    log_sum = top + np.log(np.exp(scores - top[:, None]).sum(axis=-1))
+    return log_sum - np.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
+
+
+def perplexity(logits: Callable[[np.ndarray], np.ndarray], chunks: Iterable[np.ndarray]) -> dict[str, float]:
+    """Score chunks, each a fresh context; returns mean ``nll`` in nats, ``ppl`` = exp(nll), scored ``tokens``.
+
+    ``logits`` maps token ids [T] to logits [T, vocab].
+    """
+    losses = [chunk_loss(logits(tokens), tokens) for tokens in chunks]
+    scored = np.concatenate(losses)
+    nll = float(scored.mean())
+    return {"nll": nll, "ppl": float(np.exp(nll)), "tokens": len(scored)}
+
+
+def report(result: dict[str, float], as_json: bool) -> None:
+    """Print a perplexity."""
+    if as_json:
+        print_json(result)
+    else:
+        print(f"perplexity {result['ppl']:.4f} = exp({result['nll']:.5f} nats) over {result['tokens']} tokens")
+
+
+def progress(chunks: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield chunks, counting them on stderr."""
+    for i, tokens in enumerate(chunks):
+        print(f"\rchunk {i + 1}/{len(chunks)}", end="", file=sys.stderr, flush=True)
+        yield tokens
+    print(file=sys.stderr)

@@ -1,0 +1,42 @@
+#!/bin/sh
+# What `make test` runs: sh scripts/test.sh [--all | --lint]
+# Stops at the first step that fails and names it; pytest's closing line is the last line of a good run.
+set -eu
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+python=.venv/bin/python
+
+select='not slow'
+lint_only=no
+case ${1:-} in
+    '') ;;
+    --all) select='slow or not slow' ;;
+    --lint) lint_only=yes ;;
+    *) echo "test.sh: '$1' is none of --all, --lint" >&2; exit 2 ;;
+esac
+
+step() {
+    name=$1
+    shift
+    printf '\n== %s ==\n' "$name"
+    "$@" || {
+        code=$?
+        printf '\nstopped: %s failed (exit status %s)\n' "$name" "$code" >&2
+        exit "$code"
+    }
+}
+
+sh scripts/bootstrap.sh dev
+step "ruff check" "$python" -m ruff check .
+step "mypy" "$python" -m mypy moe_ref moe_cupy
+if [ "$lint_only" = yes ]; then exit 0; fi
+
+# One pytest for both, so that one closing line counts all. --nbval-lax runs every cell and fails on an exception;
+# outputs are compared only in cells that say `# NBVAL_CHECK_OUTPUT`.
+set -- notebooks/*.ipynb
+if [ -e "$1" ]; then
+    step "pytest: tests and $# notebooks" "$python" -m pytest -q --durations=10 -m "$select" \
+        --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+else
+    printf '\n(notebooks/ holds no notebook yet: none is run)\n'
+    step "pytest: tests" "$python" -m pytest -q --durations=10 -m "$select" tests
+fi

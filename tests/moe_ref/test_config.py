@@ -1,0 +1,293 @@
+"""What the metadata and the tensors must say before a model runs; every refusal names the key or the tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import shared_files
+from gguf_writer import write_gguf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_ref.config import ARCHITECTURES, ConfigError, ModelConfig, load_config
+from moe_ref.model import Model
+from moe_ref.quants import FORMATS, FormatError
+
+MOE = {
+    "general.architecture": "qwen3moe",
+    "qwen3moe.block_count": 2,
+    "qwen3moe.embedding_length": 24,
+    "qwen3moe.context_length": 100,
+    "qwen3moe.attention.head_count": 6,
+    "qwen3moe.attention.head_count_kv": 2,
+    "qwen3moe.attention.key_length": 10,
+    "qwen3moe.attention.value_length": 7,
+    "qwen3moe.attention.layer_norm_rms_epsilon": 1e-6,
+    "qwen3moe.rope.freq_base": 1e6,
+    "qwen3moe.rope.dimension_count": 8,
+    "qwen3moe.expert_count": 5,
+    "qwen3moe.expert_used_count": 3,
+    "qwen3moe.expert_weights_scale": 2.5,
+}
+OPTIONAL = {
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.freq_base",
+    "rope.dimension_count", "expert_weights_scale",
+}  # fmt: skip
+NUMBERS = [key.partition(".")[2] for key in MOE if key.startswith("qwen3moe.")]
+REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "expert_weights_scale")
+WHOLE = [key for key in NUMBERS if key not in REAL]
+REQUIRED = [key for key in NUMBERS if key not in OPTIONAL]
+
+
+def config(without: tuple[str, ...] = (), **changes: Any) -> ModelConfig:
+    """MOE's config with keys left out or changed ("__" stands for a dot)."""
+    metadata = MOE | {f"qwen3moe.{key.replace('__', '.')}": value for key, value in changes.items()}
+    return load_config({k: v for k, v in metadata.items() if k.removeprefix("qwen3moe.") not in without}, 11)
+
+
+def test_every_number_is_read_from_its_key():
+    c = config()
+    assert (c.architecture, c.block_count, c.embedding_length, c.context_length) == ("qwen3moe", 2, 24, 100)
+    assert (c.head_count, c.head_count_kv, c.key_length, c.value_length) == (6, 2, 10, 7)
+    assert (c.rope_dimension_count, c.rope_freq_base, c.layer_norm_rms_epsilon) == (8, 1e6, 1e-6)
+    assert (c.expert_count, c.expert_used_count, c.expert_weights_scale, c.vocab_size) == (5, 3, 2.5, 11)
+    assert c.attention_scale == pytest.approx(1 / np.sqrt(10), rel=1e-15)
+    assert (c.quirks.rope, c.quirks.qk_norm, c.quirks.moe) == ("neox", "head", True)
+    assert (c.quirks.gating, c.quirks.renormalise) == ("softmax", True)
+
+
+def test_optional_keys_have_llama_cpp_defaults():
+    c = config(without=tuple(OPTIONAL))
+    assert (c.head_count_kv, c.key_length, c.value_length) == (6, 4, 4)  # heads; width / heads twice
+    assert (c.rope_dimension_count, c.rope_freq_base, c.expert_weights_scale) == (4, 10000.0, 1.0)
+    assert config(without=("rope.dimension_count",)).rope_dimension_count == 10  # the key length, wherever it came from
+
+
+@pytest.mark.parametrize(("stored", "meaning"), [(0.0, 1.0), (1.0, 1.0), (0, 1.0), (2.5, 2.5), (16, 16.0)])
+def test_expert_weights_scale_of_zero_means_none(stored, meaning):
+    assert config(expert_weights_scale=stored).expert_weights_scale == meaning
+
+
+def test_a_dense_architecture_needs_no_expert_keys():
+    dense = {k.replace("qwen3moe", "qwen3"): v for k, v in MOE.items() if ".expert_" not in k}
+    c = load_config(dense | {"general.architecture": "qwen3"}, 11)
+    assert (c.quirks.moe, c.expert_count, c.expert_used_count) == (False, 0, 0)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_missing_required_key_is_named(key):
+    with pytest.raises(ConfigError, match=rf"^qwen3moe\.{key}: missing"):
+        config(without=(key,))
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_value_that_is_no_number_in_range_is_refused_naming_its_key(key):
+    for value in ("7", [1, 2], True, -1, -0.5, 2**40, 1e30):
+        with pytest.raises(ConfigError, match=rf"^qwen3moe\.{key}: "):
+            config(**{key: value})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("keys", [REAL, WHOLE], ids=["real", "whole"])
+def test_a_number_that_is_not_finite_is_refused_naming_its_key(keys, value):
+    for key in keys:
+        with pytest.raises(ConfigError, match=rf"^qwen3moe\.{key}: "):
+            config(**{key: value})
+
+
+@pytest.mark.parametrize("value", [2.5, 0])
+@pytest.mark.parametrize("key", WHOLE)
+def test_a_count_that_is_zero_or_broken_is_refused_naming_its_key(key, value):
+    with pytest.raises(ConfigError, match=rf"^qwen3moe\.{key}: .*{value}"):
+        config(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "found"),
+    [
+        ({"attention__head_count_kv": 4}, "attention.head_count", "6 is not a multiple of .*head_count_kv 4"),
+        ({"attention__head_count_kv": 12}, "attention.head_count", "6 is not a multiple of .*head_count_kv 12"),
+        ({"rope__dimension_count": 7}, "rope.dimension_count", "7 must be even and at most .*key_length 10"),
+        ({"rope__dimension_count": 12}, "rope.dimension_count", "12 must be even and at most .*key_length 10"),
+        ({"expert_used_count": 6}, "expert_used_count", "6 exceeds expert_count 5"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_with_both_numbers(changes, key, found):
+    with pytest.raises(ConfigError, match=rf"^qwen3moe\.{key}: {found}"):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.type", "yarn"),
+        ("rope.scaling.type", "linear"),
+        ("attention.sliding_window", 4096),
+        ("attention.sliding_window", [0, 4096]),
+    ],
+)
+def test_a_feature_not_implemented_is_refused_with_its_value(key, value):
+    with pytest.raises(ConfigError, match=rf"^qwen3moe\.{key}: ") as caught:
+        config(**{key: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_a_feature_switched_off_explicitly_is_accepted():
+    assert config(rope__scaling__type="none", attention__sliding_window=0) == config()
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_rope_scaling_factor_without_a_type_is_refused(key):
+    """llama.cpp's default type is linear (llama-model.cpp, load_hparams): such a file stretches positions there."""
+    with pytest.raises(ConfigError, match=rf"qwen3moe\.{key}"):
+        config(**{key: 4.0})
+
+
+@pytest.mark.parametrize("value", [None, 3, "llama", "gpt-oss", "QWEN3MOE", ""])
+def test_an_unknown_architecture_is_refused_with_the_known_ones(value):
+    with pytest.raises(ConfigError, match=r"^general\.architecture: ") as caught:
+        load_config(MOE | {"general.architecture": value}, 11)
+    if isinstance(value, str):
+        assert repr(value) in str(caught.value) and all(name in str(caught.value) for name in ARCHITECTURES)
+
+
+WORDS = st.one_of(st.text(max_size=5), st.booleans(), st.lists(st.integers(), max_size=3))
+ANYTHING = st.one_of(st.integers(-(2**63), 2**64), st.integers(0, 12), st.floats(), WORDS)
+
+
+@given(st.dictionaries(st.sampled_from([*MOE, "qwen3moe.rope.scaling.type"]), ANYTHING, max_size=4))
+def test_any_metadata_gives_a_consistent_config_or_configerror_naming_a_key(changes):
+    metadata = MOE | changes
+    try:
+        c = load_config(metadata, 11)
+    except ConfigError as error:
+        assert str(error).partition(": ")[0] in metadata, f"{changes}: names no key: {error}"
+    else:
+        assert c.head_count % c.head_count_kv == 0 and 1 <= c.expert_used_count <= c.expert_count, changes
+        assert c.rope_dimension_count % 2 == 0 and 2 <= c.rope_dimension_count <= c.key_length, changes
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tensors, in files
+
+WIDTH, VOCAB, INNER = 24, 11, 9
+
+
+def shapes(architecture: str) -> dict[str, tuple[int, ...]]:
+    """What a file of MOE's numbers holds, in NumPy order; written out, not computed by the package."""
+    out: dict[str, tuple[int, ...]] = {"token_embd.weight": (11, 24), "output_norm.weight": (24,)}
+    for layer in range(2):
+        block = f"blk.{layer}."
+        out |= {block + "attn_norm.weight": (24,), block + "ffn_norm.weight": (24,)}
+        out |= {block + "attn_q.weight": (60, 24), block + "attn_k.weight": (20, 24), block + "attn_v.weight": (14, 24)}
+        out |= {block + "attn_output.weight": (24, 42)}
+        out |= {block + "attn_q_norm.weight": (10,), block + "attn_k_norm.weight": (10,)}
+        if architecture == "qwen3moe":
+            out |= {block + "ffn_gate_inp.weight": (5, 24), block + "ffn_gate_exps.weight": (5, 9, 24)}
+            out |= {block + "ffn_up_exps.weight": (5, 9, 24), block + "ffn_down_exps.weight": (5, 24, 9)}
+        else:
+            out |= {block + "ffn_gate.weight": (9, 24), block + "ffn_up.weight": (9, 24)}
+            out |= {block + "ffn_down.weight": (24, 9)}
+    return out
+
+
+def tensor(shape: tuple[int, ...], type_name: str = "F32") -> tuple[str, tuple[int, ...], bytes]:
+    if type_name == "I8":
+        return type_name, shape, bytes(int(np.prod(shape)))
+    rng = np.random.default_rng(sum(shape))
+    return type_name, shape, rng.standard_normal(shape).astype("<f4").tobytes()
+
+
+def written(path: Path, architecture: str = "qwen3moe", metadata: dict | None = None, **tensors: Any) -> Path:
+    """A small whole model in F32; ``tensors`` replaces some by (shape, type) or, with None, leaves them out."""
+    keys = {k.replace("qwen3moe", architecture): v for k, v in MOE.items()} | (metadata or {})
+    all_of_it: dict[str, Any] = {name: (shape,) for name, shape in shapes(architecture).items()} | tensors
+    kept = {name: tensor(*spec) for name, spec in all_of_it.items() if spec is not None}
+    return write_gguf(path / "m.gguf", keys | {"general.architecture": architecture}, kept)
+
+
+NAMES = [(a, name) for a in ("qwen3moe", "qwen3") for name in shapes(a) if "blk.0" not in name]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_whole_small_file_runs(tmp_path, architecture, tied):
+    head = {} if tied else {"output.weight": ((VOCAB, WIDTH),)}
+    model = Model(written(tmp_path, architecture, **head))
+    assert (model.config.vocab_size, model.output_name == "token_embd.weight") == (VOCAB, tied)
+    logits = model.logits([1, 2, 10])
+    assert logits.shape == (3, VOCAB) and logits.dtype == np.float32 and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(("architecture", "name"), NAMES)
+def test_a_missing_tensor_is_refused_by_name(tmp_path, architecture, name):
+    path = written(tmp_path, architecture, **{name: None})
+    with pytest.raises(ConfigError, match=f"^{name}: missing from .*m.gguf"):
+        Model(path)
+
+
+@pytest.mark.parametrize(("architecture", "name"), NAMES)
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path, architecture, name):
+    shape = shapes(architecture)[name]
+    if name == "token_embd.weight":  # its rows are the vocabulary, whatever their number
+        wrong = [(VOCAB, WIDTH + 1)]
+    else:
+        wrong = [(shape[0] + 1, *shape[1:]), (1, *shape), (*shape[:-1], shape[-1] - 1)]
+    for bad in wrong:
+        path = written(tmp_path, architecture, **{name: (bad,)})
+        with pytest.raises(ConfigError, match=r"^[\w.]+: (shape|missing)") as caught:
+            Model(path)
+        message = str(caught.value)
+        if "ffn_gate_exps" in name or "ffn_gate.weight" in name:  # F is read off this one: another may be blamed
+            assert message.startswith(name.partition(".ffn")[0]), message
+        else:
+            assert message.startswith(f"{name}: shape {list(bad)}") and str(list(shape)) in message, message
+
+
+@pytest.mark.parametrize(("architecture", "name"), NAMES)
+def test_a_tensor_of_unsupported_type_is_refused_by_name(tmp_path, architecture, name):
+    path = written(tmp_path, architecture, **{name: (shapes(architecture)[name], "I8")})
+    with pytest.raises(FormatError, match=f"^{name}: type I8 is not supported; supported: {', '.join(FORMATS)}"):
+        Model(path)
+
+
+@pytest.mark.parametrize("shape", [(VOCAB,), (1, VOCAB, WIDTH)])
+def test_an_embedding_that_is_no_matrix_is_refused(tmp_path, shape):
+    with pytest.raises(ConfigError, match=r"^token_embd\.weight: .*not a matrix"):
+        Model(written(tmp_path, **{"token_embd.weight": (shape,)}))
+
+
+def test_an_output_head_of_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^output\.weight: shape \[12, 24\].*\[11, 24\]"):
+        Model(written(tmp_path, **{"output.weight": ((VOCAB + 1, WIDTH),)}))
+
+
+@pytest.mark.parametrize(("layers", "named"), [(3, r"blk\.2\.\w+\.weight"), (10_000_000, r"qwen3moe\.block_count")])
+def test_more_layers_than_the_file_has_are_refused(tmp_path, layers, named):
+    with pytest.raises(ConfigError, match=f"^{named}: "):
+        Model(written(tmp_path, metadata={"qwen3moe.block_count": layers}))
+
+
+UNUSED = ["blk.1.attn_q.bias", "blk.0.ffn_up_shexp.weight", "rope_freqs.weight", "blk.2.attn_norm.weight"]
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name):
+    """llama.cpp uses such a tensor or refuses the file ("wrong number of tensors"): a model short of it is another."""
+    with pytest.raises(ConfigError, match=f"^{name}: "):
+        Model(written(tmp_path, **{name: ((24,),)}))
+
+
+def test_one_part_of_a_split_file_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ConfigError, match=r"^split\.count: .*llama-gguf-split --merge"):
+        Model(written(tmp_path, metadata={"split.count": np.uint16(3)}))
+    assert Model(written(tmp_path, metadata={"split.count": np.uint16(1)})).logits([0]).shape == (1, VOCAB)
+
+
+@pytest.mark.parametrize("path", shared_files("data/golden/split/*.gguf"))
+def test_each_part_of_a_real_split_file_is_refused_as_such(path):
+    with pytest.raises(ConfigError, match=r"^split\.count: "):
+        Model(path)
