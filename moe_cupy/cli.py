@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from moe_cupy.device import CHOICES
 from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.command import (
     RequestError,
+    add_model,
     add_prompt,
     add_sampling,
     note,
@@ -31,7 +33,7 @@ GPU_PLACEMENT = {"n_gpu_layers": "-ngl", "override_tensor": "-ot", "cpu_moe": "-
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """How to run, in llama.cpp's spellings."""
     add = parser.add_argument
-    add("-m", "--model", required=True, help="GGUF file")
+    add_model(parser)
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
     add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
     add("--policy", choices=list(POLICIES), default="lru", help="whom to evict (default lru)")
@@ -60,16 +62,16 @@ def open_engine(args: argparse.Namespace) -> Any:
         if getattr(args, name) is not None and args.device in ("auto", "host"):
             note(f"{flag} has no effect on the host device: everything is computed by the CPU")
     names = Options.__dataclass_fields__
-    engine = Engine(args.model, **{name: value for name, value in vars(args).items() if name in names})
+    options = {name: value for name, value in vars(args).items() if name in names}
+    engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
     note("\n".join([engine.device_reason, *engine.placement.lines()]))
     return engine
 
 
 def cmd_run(args: argparse.Namespace) -> None:
     """Text as it comes, then placement, tok/s, hits, bytes and stalls."""
-    from moe_ref.sampling import Sampler
-
     from moe_cupy.tools.report import side_by_side
+    from moe_ref.sampling import Sampler
     from moe_ref.tokenizer import StreamDecoder
 
     sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
@@ -105,12 +107,16 @@ def cmd_logits(args: argparse.Namespace) -> None:
 
 def cmd_perplexity(args: argparse.Namespace) -> None:
     """Chunks of -c tokens, each a fresh context whose first token is not scored."""
+    from moe_ref.gguf import open_gguf
     from moe_ref.perplexity import chunk, perplexity, progress, report
+    from moe_ref.tokenizer import load_tokenizer
 
     args.ctx_size = args.ctx_size or 256
+    with open_gguf(args.model) as file:
+        ids = load_tokenizer(file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
+    chunks = chunk(ids, args.ctx_size)[: args.chunks]
     with open_engine(args) as engine:
-        ids = engine.tokenizer.encode(read_text(args.file), add_special=False, parse_special=False)
-        report(perplexity(engine.logits, progress(chunk(ids, args.ctx_size)[: args.chunks])), args.json)
+        report(perplexity(engine.logits, progress(chunks)), args.json)
 
 
 def cmd_check(args: argparse.Namespace) -> int:
@@ -208,5 +214,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: args.run(args))
+    return run_command(build_parser(), argv)

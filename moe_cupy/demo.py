@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_ref.sampling import Sampler
-
 from moe_ref.command import note, run_command
+from moe_ref.sampling import Sampler
 
 MODEL = Path(__file__).resolve().parent.parent / "data" / "moe-40m-Q4_K_M.gguf"
 PROMPT = "It is a truth universally acknowledged"
@@ -64,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("moe_cupy.demo", description=__doc__)
     parser.add_argument("-n", "--predict", type=int, default=160, help="tokens to generate (default 160)")
     parser.add_argument("-p", "--prompt", default=PROMPT, help="text to continue")
-    args = parser.parse_args(argv)
-    return run_command(lambda: demo(args.predict, args.prompt))
+    parser.set_defaults(run=lambda args: demo(args.predict, args.prompt))
+    return run_command(parser, argv)
 
 
 if __name__ == "__main__":

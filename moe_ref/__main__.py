@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_ref.command import (
     RequestError,
+    add_model,
     add_prompt,
     add_sampling,
     note,
@@ -124,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name, run) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
         sub.set_defaults(run=run)
-        sub.add_argument("model", metavar="MODEL", help="GGUF file")
+        add_model(sub)
         return sub
 
     inspect, logits = command("inspect", cmd_inspect), command("logits", cmd_logits)
@@ -152,8 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: args.run(args))
+    return run_command(build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 MAX_TEXT = 2**24  # characters of a prompt, and of any text or list that an operator makes
+MAX_BITS = 4096  # of an integer that an operator makes
 TOKEN_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # <role>_token: its key
 
 
@@ -169,10 +170,10 @@ def _sandbox() -> Any:
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
-    """Refuse an operation whose result would be longer than MAX_TEXT: characters, elements, or bits of an integer."""
+    """Refuse an operation whose result would have more than MAX_TEXT characters or elements, or MAX_BITS bits."""
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
-        _check_size(operator, bits)
+        _check_size(f"bits of {operator}", bits, MAX_BITS)
     elif operator == "*":
         _check_size(operator, _length(left) * _length(right))
     else:
@@ -183,9 +184,9 @@ def _length(operand: Any) -> int:
     return operand if isinstance(operand, int) else len(operand) if hasattr(operand, "__len__") else 1
 
 
-def _check_size(what: str, size: int) -> None:
-    if abs(size) > MAX_TEXT:
-        raise OverflowError(f"{what}: {size} is more than the {MAX_TEXT} that a chat template may ask for")
+def _check_size(what: str, size: int, limit: int = MAX_TEXT) -> None:
+    if abs(size) > limit:
+        raise OverflowError(f"{what}: {size} is more than the {limit} that a chat template may ask for")
 
 
 def _generation_tag() -> Any:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,10 +20,13 @@ class RequestError(ValueError):
     """A request that cannot be met as it stands; the message says what to do."""
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """Run ``main``; user mistakes become one line on stderr and exit code 2, failed work 1, Ctrl-C 130."""
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse ``argv`` and call its ``run``; a mistake becomes one line on stderr and exit code 2, failed work 1."""
+    args = parser.parse_args(argv)
+    if getattr(args, "model", "") is None:
+        return _complain("no model: give a GGUF file, as MODEL or -m MODEL", 2)
     try:
-        return main() or 0
+        return args.run(args) or 0
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,6 +103,23 @@ def read_text(path: str) -> str:
         raise RequestError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+
+
+class _Model(argparse.Action):
+    """Stores the model from its place or from -m; naming two is a mistake."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if values is None:
+            return
+        if getattr(namespace, "model", None):
+            parser.error(f"two models given: {namespace.model} and {values}")
+        namespace.model = values
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model, as the first argument or as -m, whichever a person types."""
+    parser.add_argument("model_argument", metavar="MODEL", nargs="?", action=_Model, help="GGUF file")
+    parser.add_argument("-m", "--model", action=_Model, metavar="MODEL", help="the same")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,8 @@ class SamplingError(ValueError):
 class Sampler:
     """Parameters as llama.cpp spells them, and a random generator of its own. Raises SamplingError for a wrong one.
 
-    ``temp`` <= 0 takes the largest logit; ``top_k`` <= 0, ``top_p`` 1 and ``min_p`` 0 switch a filter off; ``seed`` -1 is
-    a different sequence every time, any other the same one.
+    ``temp`` <= 0 takes the largest logit; ``top_k`` <= 0, ``top_p`` 1 and ``min_p`` 0 switch a filter off; ``seed`` -1
+    is a different sequence every time, any other the same one.
     """
 
     temp: float = 0.0
@@ -51,7 +51,7 @@ class Sampler:
         scores = _finite(logits)
         if self.temp <= 0:
             return np.array([np.argmax(scores)]), np.ones(1)
-        ids = _largest(scores, self.top_k if self.top_k > 0 else len(scores))  # [vocab] -> [n], and only fewer from here
+        ids = _largest(scores, self.top_k if self.top_k > 0 else len(scores))  # [vocab] -> [n]; below, only fewer
         if self.top_p < 1:
             cumulative = np.cumsum(softmax(scores[ids]))
             ids = ids[: 1 + np.count_nonzero(cumulative[:-1] < self.top_p)]  # up to and with the one that reaches it

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_cupy.device.memory import free_and_total
 from moe_cupy.device.threads import ThreadQueue, ThreadStream
 from moe_cupy.kernels.table import OPS
 
@@ -82,8 +83,7 @@ class HostDevice:
         stream.run(lambda: run(self.split, **buffers))
 
     def memory(self) -> tuple[int, int]:
-        page = os.sysconf("SC_PAGE_SIZE")
-        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+        return free_and_total()
 
     def stalls(self) -> dict[str, float]:
         total: Counter[str] = Counter()

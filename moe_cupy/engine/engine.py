@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from moe_ref.sampling import Sampler
 
 from moe_cupy.cache import POLICIES, Counters
 from moe_cupy.device import open_device
@@ -23,6 +22,7 @@ from moe_cupy.engine.weights import load_dense
 from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.config import load_config
 from moe_ref.gguf import open_gguf
+from moe_ref.sampling import Sampler
 from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
@@ -44,6 +44,7 @@ class Options:
     cache_type_v: str = "f32"
     direct_io: bool = True
     reads_in_flight: int = 4
+    progress: bool = False  # show on stderr how far loading is
 
     def __post_init__(self) -> None:
         for value, table, flag in (
@@ -190,7 +191,7 @@ class Engine:
 
     def _load(self) -> None:
         o, c = self.options, self.config
-        self.weights = load_dense(self.device, self.file, c)
+        self.weights = load_dense(self.device, self.file, c, o.progress)
         self.mover, reason = None, ""
         if c.quirks.moe:
             self.mover, reason = place_experts(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from moe_cupy.device.base import Device
 from moe_cupy.kernels.matrix import Matrix
@@ -71,8 +72,9 @@ class _Uploader:
         return LayerWeights(**loaded)
 
 
-def load_dense(device: Device, file: GGUFFile, config: ModelConfig) -> DenseWeights:
+def load_dense(device: Device, file: GGUFFile, config: ModelConfig, progress: bool = False) -> DenseWeights:
     """Copy the dense tensors of a checked file to the device. Raises GGUFError if the file cannot be read."""
+    blocks = tqdm(range(config.block_count), "loading dense part", unit="layer", disable=not progress, leave=False)
     up = _Uploader(device, file)
     token_embd = up.matrix("token_embd.weight")
     tied = "output.weight" not in file.tensors
@@ -80,6 +82,6 @@ def load_dense(device: Device, file: GGUFFile, config: ModelConfig) -> DenseWeig
         token_embd=token_embd,
         output_norm=up.vector("output_norm.weight"),
         output=token_embd if tied else up.matrix("output.weight"),
-        layers=tuple(up.layer(f"blk.{i}.") for i in range(config.block_count)),
+        layers=tuple(up.layer(f"blk.{i}.") for i in blocks),
         nbytes=up.nbytes,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_cupy.device import missing_for_cuda
+from moe_cupy.device.memory import free_and_total
 from moe_cupy.store import RangeFile
 
 MIB = 1 << 20
@@ -81,8 +82,7 @@ def facts(folder: str) -> Iterator[tuple[str, str]]:
     packages = ("numpy", "numba", "llvmlite", "tokenizers")
     yield "packages", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     yield "processor", f"{cpu_name()}, {os.cpu_count()} cores; {cpu_features()}"
-    page = os.sysconf("SC_PAGE_SIZE")
-    free, total = (os.sysconf(key) * page / 2**30 for key in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+    free, total = (n / 2**30 for n in free_and_total())
     yield "memory", f"{total:.1f} GiB, {free:.1f} free; one-thread copy {memory_gbps():.1f} GB/s (read + write)"
     rate, how = disk_gbps(folder)
     yield "disk", f"{rate:.2f} GB/s in 1 MiB reads one at a time, {how} ({Path(folder).resolve()})"

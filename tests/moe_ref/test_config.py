@@ -64,6 +64,7 @@ def test_optional_keys_have_llama_cpp_defaults():
     assert (c.head_count_kv, c.key_length, c.value_length) == (6, 4, 4)  # heads; width / heads twice
     assert (c.rope_dimension_count, c.rope_freq_base, c.expert_weights_scale) == (4, 10000.0, 1.0)
     assert config(without=("rope.dimension_count",)).rope_dimension_count == 10  # the key length, wherever it came from
+    assert config(without=("attention.value_length",)).value_length == 4  # not the key length
 
 
 @pytest.mark.parametrize(("stored", "meaning"), [(0.0, 1.0), (1.0, 1.0), (0, 1.0), (2.5, 2.5), (16, 16.0)])
@@ -154,7 +155,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(value):
         assert repr(value) in str(caught.value) and all(name in str(caught.value) for name in ARCHITECTURES)
 
 
-WORDS = st.one_of(st.text(max_size=5), st.booleans(), st.lists(st.integers(), max_size=3))
+WORDS = st.one_of(st.text("ab 1.", max_size=5), st.booleans(), st.lists(st.integers(), max_size=3))
 ANYTHING = st.one_of(st.integers(-(2**63), 2**64), st.integers(0, 12), st.floats(), WORDS)
 
 

@@ -225,6 +225,8 @@ def test_routing_of_probabilities_in_eighths_is_by_hand(renormalise, weights, sc
     ids, got = route(logits, routing(4, 2, scale, renormalise))
     assert ids.tolist() == [[2, 1], [0, 3]] and got.dtype == np.float32
     within(got, np.tile(weights, (2, 1)) * scale, 16 * U * scale, f"renormalise {renormalise}, scale {scale}")
+    got = route(np.log(np.float64([[1, 2, 4, 1]])), routing(4, 2, scale, renormalise))[1]
+    within(got, np.array([weights]) * scale, 1e-15 * scale, "float64 all the way")
 
 
 def test_a_sum_of_weights_below_the_smallest_half_is_raised_to_it():

@@ -189,7 +189,6 @@ def test_first_chunks_of_the_trained_model_equal_an_independent_float64_model(na
     assert abs(got["nll"] - expected.mean()) < 1e-4, f"{name}: {got}, expected {expected.mean():.6f}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", README)
 def test_perplexity_of_the_whole_validation_text_is_the_readme_s(name):
     nll, ppl = README[name]

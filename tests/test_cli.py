@@ -1,0 +1,226 @@
+"""Both command lines as a person or a script uses them: outputs, exit codes, one line for a mistake."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_cupy.cli import main as cupy_main
+from moe_ref.__main__ import main as ref_main
+from moe_ref.gguf import open_gguf
+from moe_ref.quants import dequantize
+from tests.models import Shape, tiny_moe
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = str(ROOT / "data" / "moe-40m-Q4_K_M.gguf")
+VALID = str(ROOT / "data" / "valid.txt")
+
+
+@pytest.fixture
+def tiny(tmp_path) -> str:
+    return str(tiny_moe(tmp_path / "tiny.gguf", Shape()))
+
+
+def last_json(capsys) -> dict:
+    """The last line of stdout as JSON."""
+    return json.loads(capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)[-1])
+
+
+def test_inspect_says_what_the_file_is(capsys):
+    assert ref_main(["inspect", MODEL, "--json"]) == 0
+    facts = last_json(capsys)
+    assert (facts["architecture"], facts["layers"], facts["experts"], facts["experts_used"]) == ("qwen3moe", 6, 32, 4)
+    with open_gguf(MODEL) as file:
+        assert facts["bytes"]["total"] == sum(t.nbytes for t in file.tensors.values())
+        routed = sum(t.nbytes for t in file.tensors.values() if "_exps" in t.name)
+    assert facts["bytes"]["routed"] == routed == facts["bytes_per_expert"] * 6 * 32
+    assert facts["unsupported"] == []
+    assert ref_main(["inspect", MODEL]) == 0
+    assert "can be run here" in capsys.readouterr().out
+
+
+def test_inspect_works_for_files_that_cannot_be_run_and_says_why(capsys, shared):
+    golden = shared / "data" / "golden"
+    for name, words in (
+        ("archs/gemma4moe.BF16.gguf", "general.architecture: 'gemma4' is not supported"),
+        ("quants/qwen3moe-256.IQ1_S.gguf", "tensor type IQ1_S"),
+        ("vocab/ggml-vocab-gpt-2.gguf", "token_embd.weight: missing"),
+    ):
+        assert ref_main(["inspect", str(golden / name), "--json"]) == 0
+        assert any(words in reason for reason in last_json(capsys)["unsupported"]), name
+
+
+@pytest.mark.parametrize("main", [ref_main, cupy_main], ids=["moe_ref", "moe_cupy"])
+def test_logits_writes_tokens_and_logits(main, tiny, tmp_path):
+    out = tmp_path / "out.npz"
+    model = [tiny] if main is ref_main else ["-m", tiny]
+    assert main(["logits", *model, "--tokens", "1,2,3", "-o", str(out)]) == 0
+    arrays = np.load(out)
+    assert arrays["tokens"].dtype == np.int32
+    assert arrays["tokens"].tolist() == [1, 2, 3]
+    assert (arrays["logits"].dtype, arrays["logits"].shape) == (np.float32, (3, 96))
+
+
+def test_dequantize_writes_the_tensor(tmp_path):
+    out = tmp_path / "t.npy"
+    assert ref_main(["dequantize", MODEL, "blk.1.attn_q.weight", "-o", str(out)]) == 0
+    with open_gguf(MODEL) as file:
+        info = file.tensors["blk.1.attn_q.weight"]
+        want = dequantize(file.read(info.name), info.type, info.shape)
+    got = np.load(out)
+    assert got.dtype == np.float32
+    assert np.array_equal(got, want)
+
+
+def test_generate_and_run_write_the_same_greedy_text(capsys):
+    assert ref_main(["generate", MODEL, "-p", "The king", "-n", "12", "--json"]) == 0
+    reference = last_json(capsys)
+    for cache in ("25%", "slots:8", "1MiB"):
+        flags = ["-p", "The king", "-n", "12", "--cache", cache, "--prefetch", "next-gate", "--json"]
+        assert cupy_main(["run", "-m", MODEL, *flags]) == 0
+        got = last_json(capsys)
+        assert (got["tokens"], got["text"]) == (reference["tokens"], reference["text"])
+    assert len(got["tokens"]) == 12
+    contract = "cache_slots cache_bytes hits misses late evictions bytes_demand bytes_prefetch bytes_wasted stall_us"
+    assert set(contract.split()) | {"policy", "prefetch", "device", "avg_ts", "model_filename"} <= set(got)
+
+
+def test_text_streams_before_the_report(capsys):
+    assert cupy_main(["run", "-m", MODEL, "-p", "The king", "-n", "5", "--cache", "25%"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("The king")
+    for word in ("experts resident", "hit rate", "read per token", "stall per token", "tok/s"):
+        assert word in out
+
+
+def test_tokenize_counts_the_held_out_text(capsys):
+    assert ref_main(["tokenize", MODEL, "-f", VALID, "--no-special", "--no-parse-special", "--json"]) == 0
+    assert len(last_json(capsys)["tokens"]) == 31497  # as the model's own README states
+
+
+def test_perplexity_of_both_engines_is_the_same_on_the_first_chunks(capsys):
+    results = []
+    for main, model in ((ref_main, [MODEL]), (cupy_main, ["-m", MODEL])):
+        assert main(["perplexity", *model, "-f", VALID, "-c", "256", "--chunks", "6", "--json"]) == 0
+        results.append(last_json(capsys))
+    assert results[0]["tokens"] == results[1]["tokens"] == 6 * 255
+    assert results[0]["nll"] == pytest.approx(results[1]["nll"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("main", [ref_main, cupy_main], ids=["moe_ref", "moe_cupy"])
+def test_perplexity_of_the_whole_held_out_text_is_the_published_one(main, capsys):
+    model = [MODEL] if main is ref_main else ["-m", MODEL, "--cache", "25%"]
+    assert main(["perplexity", *model, "-f", VALID, "-c", "256", "--json"]) == 0
+    result = last_json(capsys)
+    assert result["tokens"] == 31365
+    assert result["ppl"] == pytest.approx(39.955, rel=1e-3)
+
+
+def test_check_passes_and_fails_with_exit_code_1_on_a_wrong_kernel(capsys, tiny, monkeypatch):
+    from moe_cupy.kernels.table import OPS
+
+    assert cupy_main(["check", "-m", tiny]) == 0
+    assert "WRONG" not in capsys.readouterr().out
+    real = OPS["combine"]
+
+    def wrong(split, parts, weights, out):
+        real.host(split, parts=parts, weights=weights * np.float32(1.001), out=out)
+
+    monkeypatch.setitem(OPS, "combine", real._replace(host=wrong))
+    assert cupy_main(["check", "-m", tiny]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_bench_speaks_llama_bench(capsys, tiny):
+    flags = ["bench", "-m", tiny, "-p", "8", "-n", "4", "-r", "2", "--cache", "slots:4"]
+    assert cupy_main([*flags, "-o", "json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [(r["n_prompt"], r["n_gen"]) for r in records] == [(8, 0), (0, 4)]
+    for r in records:
+        assert len(r["samples_ts"]) == 2
+        assert r["avg_ts"] == pytest.approx(np.mean(r["samples_ts"]))
+        assert {"model_size", "model_n_params", "n_threads", "stddev_ts", "hits", "misses", "stall_us"} <= set(r)
+    assert cupy_main([*flags, "-o", "md", "--tokens", "1,2,3,4,5,6,7,8"]) == 0
+    assert "| t/s |" in capsys.readouterr().out
+
+
+WRONG_REQUESTS = [
+    (["run", "-m", "{tiny}", "-p", "x", "--device", "cuda"], "--device cuda"),
+    (["run", "-m", "{tiny}", "-p", "x", "--cache", "slots:1"], "smallest that works is slots:2"),
+    (["run", "-m", "{tiny}", "-p", "x", "--cache", "many"], "--cache 'many'"),
+    (["run", "-m", "{tiny}", "-p", "x"], "tokenizer.ggml.model"),
+    (["run", "-m", MODEL, "-p", ""], "prompt"),
+    (["run", "-m", MODEL, "-p", "x", "-ctk", "q9"], "supported: f32, f16"),
+    (["run", "-m", MODEL, "-p", "x", "--temp", "nan"], "temp"),
+    (["run", "-m", MODEL, "-p", "x", "-t", "0"], "threads"),
+    (["run", "-m", MODEL, "-f", "{tmp}/absent.txt"], "absent.txt"),
+    (["run", "-m", MODEL, "-p", "x", "-sys", "y"], "-cnv"),
+    (["run", "-m", "{tmp}", "-p", "x"], "{tmp}"),
+    (["run", "-m", VALID, "-p", "x"], "GGUF"),
+    (["logits", "-m", "{tiny}", "--tokens", "1,x", "-o", "{tmp}/o.npz"], "--tokens"),
+    (["logits", "-m", "{tiny}", "--tokens", "96", "-o", "{tmp}/o.npz"], "0..95"),
+    (["logits", "-m", "{tiny}", "--tokens", "1", "-o", "{tmp}/no/o.npz"], "no folder"),
+    (["perplexity", "-m", MODEL, "-f", "{tmp}/tiny.gguf"], "UTF-8"),
+    (["perplexity", "-m", MODEL, "-f", VALID, "-c", "1"], "at least 2"),
+    (["perplexity", "-m", MODEL, "-f", VALID, "-c", "1000000"], "smaller -c"),
+    (["run", "-m", MODEL, "-p", "x", "-c", "999999999"], "use at most -c"),
+    (["bench", "-m", "{tiny}", "-p", "0", "-n", "0"], "nothing to measure"),
+    (["bench", "-m", "{tiny}", "-p", "8", "-n", "0", "--tokens", "1,2"], "the test needs 8"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), WRONG_REQUESTS, ids=[words for _, words in WRONG_REQUESTS])
+def test_a_wrong_request_is_one_line_and_exit_code_2(flags, words, tiny, tmp_path, capsys):
+    fill = {"tiny": tiny, "tmp": str(tmp_path)}
+    assert cupy_main([flag.format(**fill) for flag in flags]) == 2
+    captured = capsys.readouterr()
+    last = captured.err.rstrip("\n").rsplit("\n", 1)[-1]
+    assert last.startswith("error: ")
+    assert words.format(**fill) in last
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_full_disk_leaves_no_half_written_file_and_keeps_the_old_one(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "o.npz"
+    out.write_bytes(b"old")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert ref_main(["logits", tiny, "--tokens", "1", "-o", str(out)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert out.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.npz", "tiny.gguf"]
+
+
+def test_interrupting_a_run_ends_it_within_a_second_without_a_traceback():
+    flags = ["-m", MODEL, "-p", "The", "-n", "-1", "-c", "4096", "--temp", "1"]
+    command = [sys.executable, "-m", "moe_cupy", "run", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(20)  # text has begun
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - start < 2  # a second to stop, and the interpreter's own end
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_goes_away_is_no_error_message():
+    command = f"{sys.executable} -m moe_ref inspect {MODEL} | head -1"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "GGUF v3" in done.stdout
+    assert done.stderr == ""
