@@ -97,11 +97,11 @@ def cmd_run(args: argparse.Namespace) -> None:
 
 def cmd_logits(args: argparse.Namespace) -> None:
     """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
-    tokens = np.array(token_list(args.tokens), np.int32)
+    tokens = token_list(args.tokens)
     with open_engine(args) as engine:
         logits = engine.logits(tokens)
     with whole_file(args.output) as out:
-        np.savez(out, tokens=tokens, logits=logits)
+        np.savez(out, tokens=np.array(tokens, np.int32), logits=logits)
     note(f"{args.output}: logits of {len(tokens)} tokens, vocabulary {logits.shape[1]}")
 
 
@@ -114,7 +114,7 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
     args.ctx_size = args.ctx_size or 256
     with open_gguf(args.model) as file:
         ids = load_tokenizer(file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
-    chunks = chunk(ids, args.ctx_size)[: args.chunks]
+    chunks = chunk(ids, args.ctx_size, args.chunks)
     with open_engine(args) as engine:
         report(perplexity(engine.logits, progress(chunks)), args.json)
 

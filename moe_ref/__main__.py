@@ -41,10 +41,10 @@ def cmd_inspect(args: argparse.Namespace) -> None:
 
 def cmd_logits(args: argparse.Namespace) -> None:
     """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
-    tokens = np.array(token_list(args.tokens), np.int32)
+    tokens = token_list(args.tokens)
     logits = Model(args.model).logits(tokens).astype(np.float32)
     with whole_file(args.output) as out:
-        np.savez(out, tokens=tokens, logits=logits)
+        np.savez(out, tokens=np.array(tokens, np.int32), logits=logits)
     note(f"{args.output}: logits of {len(tokens)} tokens, vocabulary {logits.shape[1]}")
 
 
@@ -88,7 +88,7 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
 
     model = Model(args.model)
     ids = load_tokenizer(model.file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
-    report(perplexity(model.logits, progress(chunk(ids, args.ctx_size)[: args.chunks])), args.json)
+    report(perplexity(model.logits, progress(chunk(ids, args.ctx_size, args.chunks))), args.json)
 
 
 def cmd_tokenize(args: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def render_chat(
     """The prompt for ``messages`` ({"role", "content", ...}); encode it with ``add_special=False``: it has its own bos.
 
     ``kw`` goes to the template (tools, enable_thinking, ...). With tools, a template named ``tool_use`` is preferred.
-    Raises ChatTemplateError and nothing else.
+    Raises ChatTemplateError (and GGUFError where the file of lazily read metadata is gone).
     """
     key, template = _template(metadata, bool(kw.get("tools")))
     _check_messages(messages)
@@ -126,7 +126,7 @@ def _environment() -> Any:
 
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-):
+) -> str:
     """JSON as it is, unlike Jinja's own filter, which escapes it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -27,6 +27,8 @@ class Quirks:
     renormalise: bool = True  # selected weights are divided by their sum
 
 
+GATING_FUNCS = {"softmax": 1}  # values of expert_gating_func
+
 ARCHITECTURES: dict[str, Quirks] = {
     "qwen3": Quirks(rope="neox", qk_norm="head", moe=False),
     "qwen3moe": Quirks(rope="neox", qk_norm="head", moe=True),
@@ -73,10 +75,10 @@ class _Keys:
             raise ConfigError(f"{name}: missing, and {self.architecture} cannot run without it")
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ConfigError(f"{name}: expected one number, found {type(value).__name__}")
+        if not least <= value < 2**40:  # false for NaN too
+            raise ConfigError(f"{name}: {value} is out of range (at least {least})")
         if kind is int and value != int(value):
             raise ConfigError(f"{name}: expected a whole number, found {value}")
-        if not least <= value < 2**40:
-            raise ConfigError(f"{name}: {value} is out of range (at least {least})")
         return kind(value)
 
     def refuse_unless(self, key: str, accepted: tuple[Any, ...]) -> None:
@@ -121,7 +123,11 @@ def load_config(metadata: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     architecture, quirks = _quirks(metadata)
     keys = _Keys(metadata, architecture)
     keys.refuse_unless("rope.scaling.type", ("none",))
+    keys.refuse_unless("rope.scaling.factor", (1, 0))
+    keys.refuse_unless("rope.scale_linear", (1, 0))
     keys.refuse_unless("attention.sliding_window", (0,))
+    keys.refuse_unless("expert_gating_func", (GATING_FUNCS[quirks.gating], 0))
+    keys.refuse_unless("expert_weights_norm", (quirks.renormalise,))
     heads = keys.number("attention.head_count", int)
     width = keys.number("embedding_length", int)
     key_length = keys.number("attention.key_length", int, default=width // heads)

@@ -29,6 +29,17 @@ def _ignore(name: str, value: np.ndarray) -> None:
     del name, value
 
 
+def check_ids(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    """``tokens`` as an int64 array [T]; raises ValueError unless it is a non-empty list of ids of the vocabulary."""
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+        raise ValueError(f"tokens: expected a non-empty list of ids, found {ids.dtype} of shape {list(ids.shape)}")
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise ValueError(f"tokens: id {wrong[0]} is outside the vocabulary 0..{vocab_size - 1}")
+    return ids.astype(np.int64)
+
+
 class Model:
     """A model read from a GGUF file; weights are decoded when first needed.
 
@@ -39,11 +50,19 @@ class Model:
 
     def __init__(self, file: GGUFFile | str | os.PathLike, dtype=np.float32, keep_bytes: int = DEFAULT_KEEP_BYTES):
         self.file = file if isinstance(file, GGUFFile) else open_gguf(file)
-        self.config: ModelConfig = load_config(self.file.metadata, vocab_rows(self.file))
-        check_tensors(self.config, self.file)
+        try:
+            self.config: ModelConfig = load_config(self.file.metadata, vocab_rows(self.file))
+            check_tensors(self.config, self.file)
+        except BaseException:
+            self.file.close()
+            raise
         self.weights = Weights(self.file, dtype, keep_bytes)
         self.dtype = dtype
         self.observe: Observer = _ignore
+
+    def close(self) -> None:
+        """Close the file; what is decoded already stays usable."""
+        self.file.close()
 
     def new_cache(self) -> KVCache:
         """An empty KV cache for one sequence."""
@@ -52,8 +71,7 @@ class Model:
 
     def forward(self, tokens: Sequence[int] | np.ndarray, cache: KVCache) -> np.ndarray:
         """Logits [T, vocab] for ``tokens`` [T], which follow the ``cache.length`` tokens already seen."""
-        tokens = np.asarray(tokens, dtype=np.int64)
-        self._check_ids(tokens)
+        tokens = check_ids(tokens, self.config.vocab_size)
         c = self.config
         positions = cache.length + np.arange(len(tokens))
         rope = rope_tables(positions, c.rope_dimension_count, c.rope_freq_base, self.dtype)
@@ -74,15 +92,6 @@ class Model:
     def output_name(self) -> str:
         """The output head: its own tensor, or the embedding matrix again where the two are tied."""
         return "output.weight" if "output.weight" in self.weights else "token_embd.weight"
-
-    def _check_ids(self, tokens: np.ndarray) -> None:
-        if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(f"tokens: expected a non-empty list of ids, found shape {list(tokens.shape)}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"tokens: id {tokens.min() if tokens.min() < 0 else tokens.max()} is outside the vocabulary "
-                f"0..{self.config.vocab_size - 1}"
-            )
 
     def _attention(self, layer: int, x: np.ndarray, cache: KVCache, rope: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         c, w, block = self.config, self.weights, f"blk.{layer}."

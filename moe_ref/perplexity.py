@@ -10,21 +10,26 @@ import numpy as np
 from moe_ref.command import print_json
 
 
-def chunk(tokens: Sequence[int], size: int) -> np.ndarray:
-    """Cut tokens into whole chunks [n, size]; a shorter rest is dropped. Raises ValueError if there is no whole one."""
+def chunk(tokens: Sequence[int], size: int, most: int | None = None) -> np.ndarray:
+    """Cut tokens into whole chunks [n, size], n <= ``most``; a shorter rest is dropped.
+
+    Raises ValueError if there is no whole chunk or none is wanted.
+    """
+    if most is not None and most < 1:
+        raise ValueError(f"--chunks {most}: score at least one")
     if size < 2:
         raise ValueError(f"-c {size}: a chunk needs at least 2 tokens, since its first is not scored")
     count = len(tokens) // size
     if not count:
         raise ValueError(f"the text has {len(tokens)} tokens, fewer than one chunk of {size}; use a smaller -c")
-    return np.asarray(tokens[: count * size], dtype=np.int64).reshape(count, size)
+    return np.asarray(tokens[: count * size], dtype=np.int64).reshape(count, size)[:most]
 
 
 def chunk_loss(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """-log p of tokens 1..T-1 given those before, in nats; logits [T, vocab], tokens [T] -> [T-1]."""
     scores = logits[:-1].astype(np.float64)
-    top = scores.max(axis=-1)
-    log_sum = top + np.log(np.exp(scores - top[:, None]).sum(axis=-1))
+    scores -= scores.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(scores).sum(axis=-1))
     return log_sum - np.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
 
 

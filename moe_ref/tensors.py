@@ -63,11 +63,10 @@ def expected_shapes(c: ModelConfig, file: GGUFFile) -> Shapes:
 
 def check_tensors(c: ModelConfig, file: GGUFFile) -> None:
     """Raise ConfigError or FormatError for the first tensor that is missing, misshapen, or of an unknown type."""
-    if file.get("split.count", 1) not in (0, 1):
-        raise ConfigError("split.count: this is one part of a split GGUF; merge it first (llama-gguf-split --merge)")
     if c.block_count > len(file.tensors):
         raise ConfigError(f"{c.architecture}.block_count: {c.block_count} layers, but only {len(file.tensors)} tensors")
-    for name, shape in expected_shapes(c, file).items():
+    shapes = expected_shapes(c, file)
+    for name, shape in shapes.items():
         info = file.tensors.get(name)
         if info is None:
             raise ConfigError(f"{name}: missing from {file.path}")
@@ -75,10 +74,18 @@ def check_tensors(c: ModelConfig, file: GGUFFile) -> None:
             raise ConfigError(f"{name}: shape {list(info.shape)}, but the metadata says {list(shape)}")
         if info.type not in FORMATS:
             raise unsupported(name, info.type)
+    for name in file.tensors:
+        if name not in shapes:
+            raise ConfigError(f"{name}: {c.architecture} has no use for this tensor; leaving it out would be a guess")
 
 
 def vocab_rows(file: GGUFFile) -> int:
-    """Rows of the embedding matrix, the one place where a file states its true vocabulary size."""
+    """Rows of the embedding matrix, the one place where a file states its true vocabulary size.
+
+    Raises ConfigError for one part of a split file, which has it or not by chance.
+    """
+    if file.get("split.count", 1) not in (0, 1):
+        raise ConfigError("split.count: this is one part of a split GGUF; merge it first (llama-gguf-split --merge)")
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
         raise ConfigError(f"token_embd.weight: missing from {file.path}, or not a matrix")

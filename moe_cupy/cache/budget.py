@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+LONGEST = 40  # characters of a size that a person might type
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
@@ -35,6 +36,8 @@ class Request:
 def parse_cache(text: str) -> Request:
     """Read ``2GiB`` (units are powers of 1024), ``25%`` or ``slots:48``. Raises BudgetError."""
     text = text.strip()
+    if len(text) > LONGEST:
+        raise BudgetError(f"--cache {text[:LONGEST]}…: {len(text)} characters are no size")
     if match := re.fullmatch(r"slots:(\d+)", text, re.IGNORECASE):
         return Request(slots=int(match[1]))
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):

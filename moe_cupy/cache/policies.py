@@ -77,7 +77,11 @@ class LFU:
             self._now += 1
             self._last[key] = self._now
         self._resident.add(key)
-        heapq.heappush(self._heap, self._entry(key))
+        if len(self._heap) > 2 * len(self._resident) + 8:  # entries of those that left, never surfaced
+            self._heap = [self._entry(k) for k in self._resident]
+            heapq.heapify(self._heap)
+        else:
+            heapq.heappush(self._heap, self._entry(key))
 
     def evict(self, key: int) -> None:
         self._resident.remove(key)

@@ -54,19 +54,20 @@ class Pool:
     def access(self, layer: int, keys: Sequence[int], pinned: Collection[int] = ()) -> Plan:
         """One event uses ``keys``; ``pinned`` (beside ``keys``) may not be evicted.
 
-        Raises ValueError if ``keys`` and ``pinned`` together do not leave room.
+        Raises ValueError, and changes nothing, if ``keys`` and ``pinned`` together do not leave room.
         """
-        keep = {*keys, *pinned}
+        keep = {*keys, *(key for key in pinned if key in self.slot_of)}
+        if len(keep) > self.slots:
+            raise ValueError(f"{len(keep)} experts are in use at once, but there are only {self.slots} slots")
         hits = tuple((key, self.slot_of[key]) for key in keys if key in self.slot_of)
         missing = [key for key in keys if key not in self.slot_of]
         self.policy.begin(layer, keys)
         self.unused.difference_update(keys)
-        loads = tuple(self._admit(key, keep) for key in missing)
-        if None in loads:
-            raise ValueError(f"{len(keep)} experts are in use at once, but there are only {self.slots} slots")
+        loads = tuple(load for key in missing if (load := self._admit(key, keep)) is not None)
+        assert len(loads) == len(missing), "the policy gave no victim though there is one"
         self.counters.hits += len(hits)
         self.counters.misses += len(loads)
-        return Plan(hits, tuple(load for load in loads if load is not None))
+        return Plan(hits, loads)
 
     def prefetch(self, keys: Sequence[int], pinned: Collection[int]) -> tuple[Load, ...]:
         """Bring ``keys`` in ahead of their use, in this order, as far as unpinned slots go."""

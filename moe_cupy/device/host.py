@@ -92,8 +92,13 @@ class HostDevice:
         return dict(total)
 
     def synchronize(self) -> None:
-        for stream in self._streams.values():
-            stream.record().synchronize()
+        ends = [stream.record() for stream in self._streams.values()]
+        for end in ends:
+            end.block()
+        for workers in self._queues:
+            workers.drain()
+        for end in ends:
+            end.synchronize()
 
     def recover(self) -> None:
         for stream in self._streams.values():

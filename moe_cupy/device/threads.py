@@ -9,22 +9,37 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 
 class ThreadEvent:
     """Completion of some work, with the failure that ended it, if any."""
 
-    __slots__ = ("_flag", "error")
+    __slots__ = ("_callbacks", "_flag", "error")
+    _lock = threading.Lock()  # one for all events: held for a moment, and only where callbacks are concerned
 
     def __init__(self) -> None:
         self._flag = threading.Event()
+        self._callbacks: list[Callable[[], None]] = []
         self.error: BaseException | None = None
 
     def finish(self, error: BaseException | None = None) -> None:
         """Mark the work as ended."""
         self.error = error
-        self._flag.set()
+        with self._lock:
+            self._flag.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once the work has ended: at once if it has."""
+        with self._lock:
+            if not self._flag.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
 
     def done(self) -> bool:
         return self._flag.is_set()
@@ -96,14 +111,28 @@ class ThreadStream:
         self._error = self._error or event.error
 
 
+@dataclass(slots=True)
+class _Job:
+    """Work in a queue. It may be taken once ``released``; ``begun`` says that it was."""
+
+    number: int
+    urgency: int
+    work: Callable[[], None]
+    event: ThreadEvent
+    released: bool = False
+    begun: bool = False
+
+
 class ThreadQueue:
-    """Worker threads that share a priority queue; equal urgency is served in order of submission."""
+    """Worker threads that share a priority queue; equal urgency is served in order of submission.
+
+    Work that must wait for an event occupies no worker meanwhile, so what it waits for can run.
+    """
 
     def __init__(self, name: str, count: int):
         self._ready = threading.Condition()
-        self._heap: list[tuple[int, int]] = []  # (urgency, number)
-        self._jobs: dict[int, tuple[Callable[[], None], ThreadEvent | None, ThreadEvent]] = {}
-        self._numbers: dict[int, int] = {}  # id(event) -> number of a job not begun
+        self._heap: list[tuple[int, int, _Job]] = []  # (urgency, number, job) of what is released
+        self._jobs: dict[ThreadEvent, _Job] = {}  # what has not ended
         self._count = itertools.count()
         self._closed = False
         self._threads = [
@@ -112,28 +141,29 @@ class ThreadQueue:
         for thread in self._threads:
             thread.start()
 
-    def submit(
-        self, work: Callable[[], None], urgency: int, after: Any = None, name: str = ""
-    ) -> ThreadEvent:
-        event = ThreadEvent()
+    def submit(self, work: Callable[[], None], urgency: int, after: Any = None, name: str = "") -> ThreadEvent:
+        job = _Job(next(self._count), urgency, work, ThreadEvent())
         with self._ready:
-            number = next(self._count)
-            self._jobs[number] = (work, after, event)
-            self._numbers[id(event)] = number
-            heapq.heappush(self._heap, (urgency, number))
-            self._ready.notify()
-        return event
+            self._jobs[job.event] = job
+        if after is None:
+            self._release(job)
+        else:
+            after.then(lambda: self._release(job))
+        return job.event
 
     def promote(self, event: Any, urgency: int) -> None:
         with self._ready:
-            number = self._numbers.get(id(event))
-            if number is not None:  # its old entry is passed over when it surfaces: the job is gone by then
-                heapq.heappush(self._heap, (urgency, number))
+            job = self._jobs.get(event)
+            if job is None or job.begun or urgency >= job.urgency:
+                return
+            job.urgency = urgency
+            if job.released:  # its old entry is passed over when it surfaces
+                heapq.heappush(self._heap, (urgency, job.number, job))
 
     def drain(self) -> None:
         """Wait until nothing is queued or running."""
         with self._ready:
-            waiting = [job[2] for job in self._jobs.values()]
+            waiting = list(self._jobs)
         for event in waiting:
             event.block()
 
@@ -145,31 +175,36 @@ class ThreadQueue:
         for thread in self._threads:
             thread.join()
 
+    def _release(self, job: _Job) -> None:
+        with self._ready:
+            job.released = True
+            heapq.heappush(self._heap, (job.urgency, job.number, job))
+            self._ready.notify()
+
     def _serve(self) -> None:
         while (job := self._take()) is not None:
-            number, work, after, event = job
-            event.finish(_outcome(work, after))
+            job.event.finish(_outcome(job.work))
             with self._ready:
-                del self._jobs[number]  # only now: drain must not overlook a job whose event is still to come
+                del self._jobs[job.event]  # only now: drain must not overlook a job whose event is still to come
+                if self._closed:
+                    self._ready.notify_all()
 
-    def _take(self) -> tuple[int, Callable[[], None], ThreadEvent | None, ThreadEvent] | None:
+    def _take(self) -> _Job | None:
         with self._ready:
             while True:
                 while self._heap:
-                    _, number = heapq.heappop(self._heap)
-                    job = self._jobs.get(number)
-                    if job is not None and self._numbers.pop(id(job[2]), None) is not None:
-                        return number, *job
-                if self._closed:
+                    job = heapq.heappop(self._heap)[2]
+                    if not job.begun:
+                        job.begun = True
+                        return job
+                if self._closed and not self._jobs:
                     return None
                 self._ready.wait()
 
 
-def _outcome(work: Callable[[], None], after: ThreadEvent | None) -> BaseException | None:
-    """Run ``work`` once ``after`` has ended (well or not); returns the failure, if any."""
+def _outcome(work: Callable[[], None]) -> BaseException | None:
+    """Run ``work``; returns the failure, if any."""
     try:
-        if after is not None:
-            after.block()
         work()
     except BaseException as error:  # handed to whoever waits for this job
         return error

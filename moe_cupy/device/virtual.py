@@ -116,6 +116,12 @@ class _Job:
     name: str
     promotions: list[tuple[float, int]] = field(default_factory=list)
 
+    def ready(self) -> float:
+        """When it may begin: issued, and what it waits for has happened; infinite while that is not known."""
+        if self.after is None:
+            return self.issued
+        return float("inf") if self.after.time is None else max(self.issued, self.after.time)
+
     def urgency_at(self, time: float) -> int:
         """The urgency as known at ``time``."""
         return min([self.urgency, *(urgency for at, urgency in self.promotions if at <= time)])
@@ -147,22 +153,19 @@ class VirtualQueue:
                 job.promotions.append((self._device.now, urgency))
 
     def begin_time(self) -> float:
-        """When the next job would begin; infinite if none is pending."""
-        if not self._pending:
-            return float("inf")
-        return max(min(self._lanes), min(job.issued for job in self._pending))
+        """When the next job would begin; infinite if none can."""
+        return max(min(self._lanes), min((job.ready() for job in self._pending), default=float("inf")))
 
     def step(self) -> bool:
         """Give the next job to the lane that is free first; returns whether there was one that can begin."""
         time = self.begin_time()
-        ready = [job for job in self._pending if job.issued <= time]
-        job = min(ready, key=lambda j: (j.urgency_at(time), j.number), default=None)
-        if job is None or (job.after is not None and job.after.time is None):
+        if time == float("inf"):
             return False
+        ready = [job for job in self._pending if job.ready() <= time]
+        job = min(ready, key=lambda j: (j.urgency_at(time), j.number))
         lane = self._lanes.index(min(self._lanes))
-        start = max(time, job.after.time or 0.0) if job.after is not None else time
-        self._lanes[lane] = job.event.time = start + self._device.read_cost(job.name)
-        self._device.spans.append(Span(f"{self.name}-{lane}", job.name, start, self._lanes[lane]))
+        self._lanes[lane] = job.event.time = time + self._device.read_cost(job.name)
+        self._device.spans.append(Span(f"{self.name}-{lane}", job.name, time, self._lanes[lane]))
         self._pending.remove(job)
         return True
 

@@ -22,6 +22,7 @@ from moe_cupy.engine.weights import load_dense
 from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.config import load_config
 from moe_ref.gguf import open_gguf
+from moe_ref.model import check_ids
 from moe_ref.sampling import Sampler
 from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -108,6 +109,8 @@ class Engine:
         Raises ValueError for an empty prompt or one that does not fit the context.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("the prompt has no tokens: there is nothing to continue")
         if stop is None:
             stop = self.tokenizer.eog_ids if isinstance(prompt, str) else ()
         pick = (sampler or Sampler()).sample
@@ -205,11 +208,7 @@ class Engine:
         self.reset_stats()
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        ids = np.asarray(tokens, np.int64)
-        if ids.ndim != 1 or not len(ids):
-            raise ValueError("tokens: expected a non-empty list of ids; an empty prompt has nothing to continue")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(f"tokens: ids must be in 0..{self.config.vocab_size - 1}")
+        ids = check_ids(tokens, self.config.vocab_size)
         if self.kv.length + len(ids) > self.kv.capacity:
             raise ValueError(
                 f"{self.kv.length + len(ids)} tokens do not fit the context of {self.kv.capacity}; raise -c (ctx_size)"

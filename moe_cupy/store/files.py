@@ -53,12 +53,12 @@ class RangeFile:
         view = memoryview(memory.data)[: align_up(skip + nbytes, self.alignment)]
         done = 0
         while done < skip + nbytes:
-            got = self._read(view[done:], start + done)
-            done += got
-            if done < skip + nbytes and (got == 0 or got % self.alignment):
+            got = done + self._read(view[done:], start + done)
+            before, done = done, got if got >= skip + nbytes else align_down(got, self.alignment)
+            if done == before:  # nothing, or less than one aligned piece: this is the end of the file
                 raise StoreError(
-                    f"{self.path}: ends at byte {start + done}, but bytes {offset}..{offset + nbytes} were expected; "
-                    f"was it truncated or replaced while open?"
+                    f"{self.path}: ends at byte {os.fstat(self._fd).st_size}, but bytes {offset}..{offset + nbytes} "
+                    f"were expected; was it truncated or replaced while open?"
                 )
         return skip
 
@@ -95,7 +95,7 @@ class RangeFile:
     def _try_direct(self) -> None:
         """Switch to O_DIRECT with the finest alignment that works; otherwise stay buffered and say why."""
         flag = getattr(os, "O_DIRECT", 0)
-        if not flag:
+        if not flag or not hasattr(os, "preadv"):
             self.how = "buffered reads (this system has no O_DIRECT)"
             return
         try:

@@ -224,7 +224,7 @@ def test_bad_token_ids_are_a_valueerror_and_leave_the_cache_alone(tokens):
     model = both_precisions("qwen3moe")[0]
     kv = model.new_cache()
     model.forward([7, 8], kv)
-    with pytest.raises(ValueError, match="^tokens: "):
+    with pytest.raises(ValueError, match=r"^tokens: "):
         model.forward(tokens, kv)
     assert kv.length == 2
     assert np.array_equal(model.forward([9], kv), in_chunks(model, np.array([7, 8, 9]), [2])[2:])
