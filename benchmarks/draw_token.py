@@ -52,14 +52,16 @@ ARROWS = (  # from, to, text
 def draw_way(axis) -> None:
     """The boxes."""
     for x, y, width, text, colour in BOXES:
-        axis.add_patch(FancyBboxPatch((x, y), width, 0.7, boxstyle="round,pad=0.02", fc=colour, ec="#555555", lw=0.8))
+        style = {"boxstyle": "round,pad=0.02", "fc": colour, "ec": "#555555", "lw": 0.8}
+        axis.add_patch(FancyBboxPatch((x, y), width, 0.7, **style))
         axis.text(x + width / 2, y + 0.35, text, ha="center", va="center", fontsize=9)
     for start, end in ARROWS:
         axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color="#555555"))
     bend = {"arrowstyle": "-|>", "color": "#555555", "connectionstyle": "arc3,rad=0.12"}
     axis.annotate("", (1.5, 1.85), (9.7, 1.85), arrowprops=bend)
     axis.text(5.6, 2.45, "once per layer", ha="center", fontsize=9, color="#555555")
-    axis.text(7.9, 0.65, "copy lands in the slot,\nits event lets the kernel go", fontsize=8, color="#555555", va="center")
+    landing = "copy lands in the slot,\nits event lets the kernel go"
+    axis.text(7.9, 0.65, landing, fontsize=8, color="#555555", va="center")
     axis.set(xlim=(-0.2, 12.2), ylim=(-0.7, 2.7))
     axis.axis("off")
 
@@ -91,7 +93,8 @@ def draw_schedule(axis, prefetch: str, width: float) -> float:
         axis.axvline(start, color="#999999", lw=0.6, ls=":")
         axis.text(start + 0.1, 0.55, f"layer {layer}", fontsize=8, color="#555555")
     axis.set_yticks([0, -1, -2], ["compute", "read 1", "read 2"], fontsize=9)
-    axis.set(xlim=(0, width), ylim=(-2.6, 1.0), title=f"--prefetch {prefetch}: {LAYERS_SHOWN} layers take {end:g} units")
+    title = f"--prefetch {prefetch}: {LAYERS_SHOWN} layers take {end:g} units"
+    axis.set(xlim=(0, width), ylim=(-2.6, 1.0), title=title)
     axis.title.set_fontsize(10)
     return end
 

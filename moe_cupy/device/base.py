@@ -54,6 +54,7 @@ class Device(Protocol):
     """Memory, streams and the ops of the kernel table on one device."""
 
     name: str
+    formats: tuple[str, ...]  # tensor types that its matrix ops take
 
     def alloc(self, nbytes: int) -> Any:
         """Uninitialised uint8 [nbytes] in device memory."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.device.threads import ThreadQueue, ThreadStream
+from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.table import OPS
 
 SPLIT_WORK = 1 << 17  # multiply-adds below which a second thread costs more than it brings (about 30 us)
@@ -52,6 +53,7 @@ class HostDevice:
     """Runs everything on this machine's cores. ``threads`` is llama.cpp's ``-t``."""
 
     name = "host"
+    formats = SUPPORTED
 
     def __init__(self, threads: int | None = None):
         self.threads = threads or usable_cores()

@@ -174,6 +174,7 @@ class VirtualDevice:
     """See the module. ``op_cost(op, buffers)`` and ``read_cost(name)`` give seconds."""
 
     name = "virtual"
+    formats = HostDevice.formats
 
     def __init__(self, op_cost: Callable[[str, dict[str, Any]], float], read_cost: Callable[[str], float]):
         self.op_cost, self.read_cost = op_cost, read_cost

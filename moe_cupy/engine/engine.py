@@ -18,7 +18,7 @@ from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.placement import Placement, place_experts
 from moe_cupy.engine.stats import Stats
-from moe_cupy.engine.weights import load_dense
+from moe_cupy.engine.weights import check_formats, load_dense
 from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.config import load_config
 from moe_ref.gguf import open_gguf
@@ -82,6 +82,7 @@ class Engine:
         self._resources: list[Any] = [self.device, self.file]
         self._finalizer = weakref.finalize(self, _close_all, self._resources)
         try:
+            check_formats(self.file, self.device)
             self._load()
         except BaseException:
             self.close()

@@ -12,7 +12,7 @@ from moe_cupy.device.base import Device
 from moe_cupy.kernels.matrix import Matrix
 from moe_ref.config import ModelConfig
 from moe_ref.gguf import GGUFFile
-from moe_ref.quants import dequantize
+from moe_ref.quants import FormatError, dequantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,16 @@ class _Uploader:
             if name in self.file.tensors:
                 loaded[field] = self.vector(name) if field.endswith("norm") else self.matrix(name)
         return LayerWeights(**loaded)
+
+
+def check_formats(file: GGUFFile, device: Device) -> None:
+    """Raise FormatError for the first matrix of a type that the device's ops do not take (vectors are expanded)."""
+    for info in file.tensors.values():
+        if len(info.shape) > 1 and info.type not in device.formats:
+            raise FormatError(
+                f"{info.name}: the {device.name} device has no kernel for type {info.type}; it takes "
+                f"{', '.join(device.formats)}; requantize the file, or use moe_ref"
+            )
 
 
 def load_dense(device: Device, file: GGUFFile, config: ModelConfig, progress: bool = False) -> DenseWeights:

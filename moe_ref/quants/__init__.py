@@ -10,22 +10,46 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moe_ref.quants.k import decode_q4_k, decode_q5_k, decode_q6_k
-from moe_ref.quants.legacy import decode_q4_0, decode_q8_0
-from moe_ref.quants.plain import decode_bf16, decode_f16, decode_f32
+from moe_ref.quants import fp4, iq, iq4, k, legacy, plain, ternary
 from moe_ref.quants.types import BY_ID, BY_NAME, GGMLType
 
 __all__ = ["BY_ID", "BY_NAME", "FORMATS", "FormatError", "GGMLType", "dequantize", "unsupported"]
 
 FORMATS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "F32": decode_f32,
-    "F16": decode_f16,
-    "BF16": decode_bf16,
-    "Q4_0": decode_q4_0,
-    "Q8_0": decode_q8_0,
-    "Q4_K": decode_q4_k,
-    "Q5_K": decode_q5_k,
-    "Q6_K": decode_q6_k,
+    "F64": plain.decode_f64,
+    "F32": plain.decode_f32,
+    "F16": plain.decode_f16,
+    "BF16": plain.decode_bf16,
+    "I64": plain.integer_decoder(8),
+    "I32": plain.integer_decoder(4),
+    "I16": plain.integer_decoder(2),
+    "I8": plain.integer_decoder(1),
+    "Q4_0": legacy.decode_q4_0,
+    "Q4_1": legacy.decode_q4_1,
+    "Q5_0": legacy.decode_q5_0,
+    "Q5_1": legacy.decode_q5_1,
+    "Q8_0": legacy.decode_q8_0,
+    "Q2_K": k.decode_q2_k,
+    "Q3_K": k.decode_q3_k,
+    "Q4_K": k.decode_q4_k,
+    "Q5_K": k.decode_q5_k,
+    "Q6_K": k.decode_q6_k,
+    "Q8_K": k.decode_q8_k,
+    "IQ1_S": iq.decode_iq1_s,
+    "IQ1_M": iq.decode_iq1_m,
+    "IQ2_XXS": iq.decode_iq2_xxs,
+    "IQ2_XS": iq.decode_iq2_xs,
+    "IQ2_S": iq.decode_iq2_s,
+    "IQ3_XXS": iq.decode_iq3_xxs,
+    "IQ3_S": iq.decode_iq3_s,
+    "IQ4_NL": iq4.decode_iq4_nl,
+    "IQ4_XS": iq4.decode_iq4_xs,
+    "Q1_0": ternary.decode_q1_0,
+    "Q2_0": ternary.decode_q2_0,
+    "TQ1_0": ternary.decode_tq1_0,
+    "TQ2_0": ternary.decode_tq2_0,
+    "MXFP4": fp4.decode_mxfp4,
+    "NVFP4": fp4.decode_nvfp4,
 }
 
 

@@ -1,11 +1,36 @@
-"""Blocks of 32 with one half-precision scale: llama.cpp's first formats (``block_q4_0``, ``block_q8_0``)."""
+"""Blocks of 32 with one half-precision scale: llama.cpp's first formats.
+
+Names ending in _0 are symmetric, ``x = d * (q - zero)``; those ending in _1 add a minimum, ``x = d * q + m``.
+Source: ``block_q4_0``, ``block_q4_1``, ``block_q5_0``, ``block_q5_1``, ``block_q8_0`` of ggml.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
+from moe_ref.quants.blocks import fields, planes, scale_runs
+
 BLOCK_Q4_0 = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
+BLOCK_Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
+BLOCK_Q5_0 = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
+BLOCK_Q5_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
 BLOCK_Q8_0 = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
+
+
+def _scaled(block: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """``d * q``; q of 32 numbers a block -> float32 [n, 32]."""
+    return scale_runs(block["d"].astype(np.float32)[:, None], q)
+
+
+def _minimum(block: np.ndarray) -> np.ndarray:
+    """float32 [n, 1]."""
+    return block["m"].astype(np.float32)[:, None]
+
+
+def _five_bits(block: np.ndarray) -> np.ndarray:
+    """uint8 [n, 32]: low four bits from ``qs``, the fifth from ``qh``."""
+    low, fifth = planes(block["qs"], 4), fields(block["qh"], 1)  # [n, 2, 16], [n, 4, 8]
+    return low.reshape(-1, 32) | (fifth.reshape(-1, 32) << 4)
 
 
 def decode_q4_0(raw: np.ndarray) -> np.ndarray:
@@ -17,8 +42,46 @@ def decode_q4_0(raw: np.ndarray) -> np.ndarray:
         byte 2..17  qs    low nibble = element j, high nibble = element j + 16
     """
     block = raw.view(BLOCK_Q4_0)[:, 0]
-    nibbles = np.stack([block["qs"] & 15, block["qs"] >> 4], axis=1).reshape(-1, 32)  # [n, 2, 16] -> [n, 32]
-    return block["d"].astype(np.float32)[:, None] * (nibbles.astype(np.int8) - 8).astype(np.float32)
+    return _scaled(block, planes(block["qs"], 4).astype(np.int8) - 8)
+
+
+def decode_q4_1(raw: np.ndarray) -> np.ndarray:
+    """uint8 [n, 20] -> float32 [n, 32]: ``x = d * q + m``.
+
+    ::
+
+        byte 0..1   d     scale, half precision
+        byte 2..3   m     minimum, half precision
+        byte 4..19  qs    nibbles, as in Q4_0
+    """
+    block = raw.view(BLOCK_Q4_1)[:, 0]
+    return _scaled(block, planes(block["qs"], 4)) + _minimum(block)
+
+
+def decode_q5_0(raw: np.ndarray) -> np.ndarray:
+    """uint8 [n, 22] -> float32 [n, 32]: ``x = d * (q - 16)``.
+
+    ::
+
+        byte 0..1   d     scale, half precision
+        byte 2..5   qh    bit j of these 32 is the fifth bit of element j
+        byte 6..21  qs    low four bits, as in Q4_0
+    """
+    block = raw.view(BLOCK_Q5_0)[:, 0]
+    return _scaled(block, _five_bits(block).astype(np.int8) - 16)
+
+
+def decode_q5_1(raw: np.ndarray) -> np.ndarray:
+    """uint8 [n, 24] -> float32 [n, 32]: ``x = d * q + m``.
+
+    ::
+
+        byte 0..3   d, m  as in Q4_1
+        byte 4..7   qh    as in Q5_0
+        byte 8..23  qs    low four bits, as in Q4_0
+    """
+    block = raw.view(BLOCK_Q5_1)[:, 0]
+    return _scaled(block, _five_bits(block)) + _minimum(block)
 
 
 def decode_q8_0(raw: np.ndarray) -> np.ndarray:
@@ -30,4 +93,4 @@ def decode_q8_0(raw: np.ndarray) -> np.ndarray:
         byte 2..33  qs    32 signed bytes
     """
     block = raw.view(BLOCK_Q8_0)[:, 0]
-    return block["d"].astype(np.float32)[:, None] * block["qs"].astype(np.float32)
+    return _scaled(block, block["qs"])

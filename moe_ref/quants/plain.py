@@ -1,6 +1,8 @@
-"""Types that are numbers as they stand: no blocks, no scales."""
+"""Types that are numbers as they stand: no blocks, no scales. What is wider than float32 is rounded to it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,3 +20,16 @@ def decode_f16(raw: np.ndarray) -> np.ndarray:
 def decode_bf16(raw: np.ndarray) -> np.ndarray:
     """uint8 [n, 2] -> float32 [n, 1]: the upper half of a float32, so decoding is a shift by 16 bits."""
     return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def decode_f64(raw: np.ndarray) -> np.ndarray:
+    """uint8 [n, 8] -> float32 [n, 1]: to the nearest float32, ties to even; too large becomes infinity."""
+    return raw.view("<f8").astype(np.float32)
+
+
+def integer_decoder(width: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A decoder of signed little-endian integers of ``width`` bytes: uint8 [n, width] -> float32 [n, 1].
+
+    Exact up to 2^24 in magnitude; beyond, to the nearest float32, ties to even.
+    """
+    return lambda raw: raw.view(f"<i{width}").astype(np.float32)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_ref.sampling import Sampler
 
 from moe_cupy.cache import POLICIES, BudgetError
 from moe_cupy.device.base import DeviceError
@@ -17,6 +16,7 @@ from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.config import ConfigError
 from moe_ref.gguf import GGUFError
 from moe_ref.model import Model
+from moe_ref.sampling import Sampler
 from tests.conftest import SHARED
 from tests.models import Shape, tiny_moe
 
@@ -179,3 +179,12 @@ def test_counters_follow_from_the_routes(tmp_path):
     assert stats.hits == len(routed) - stats.misses
     assert stats.bytes_demand == stats.misses * slab
     assert (stats.evictions, stats.bytes_prefetch, stats.generated_tokens) == (0, 0, 20)
+
+
+def test_a_matrix_of_a_type_without_a_kernel_is_refused_by_name(tmp_path, monkeypatch):
+    from moe_cupy.device.host import HostDevice
+
+    path = tiny_moe(tmp_path / "m.gguf", Shape(expert_types=(("Q8_0", "Q8_0", "BF16"),)))
+    monkeypatch.setattr(HostDevice, "formats", ("F32", "Q8_0"))
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_down_exps\.weight: the host device has no kernel for type BF16"):
+        Engine(path)

@@ -1,0 +1,37 @@
+"""What the block formats share: small integers packed into words, and scales that hold for a run of weights.
+
+A byte holds two numbers of 4 bits, four of 2, eight of 1. Which weights are they? In ``fields`` they are
+neighbours; in ``planes`` they lie a whole run apart, which is what vector instructions like best::
+
+    two bytes, each b in the high bits and a in the low:   [b0 a0] [b1 a1]
+    fields:  a0 b0 a1 b1
+    planes:  a0 a1 b0 b1
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+
+def _shifts(words: np.ndarray, bits: int) -> np.ndarray:
+    """Where the whole ``bits``-wide fields of such words begin, lowest first."""
+    return np.arange(0, 8 * words.dtype.itemsize - bits + 1, bits).astype(words.dtype)
+
+
+def fields(words: np.ndarray, bits: int) -> np.ndarray:
+    """uint [..., w] -> uint [..., w, f]: the f fields of each word side by side, lowest first."""
+    return (words[..., None] >> _shifts(words, bits)) & words.dtype.type(2**bits - 1)
+
+
+def planes(words: np.ndarray, bits: int) -> np.ndarray:
+    """uint [..., w] -> uint [..., f, w]: the lowest field of every word, then the next of every word, ..."""
+    return (words[..., None, :] >> _shifts(words, bits)[:, None]) & words.dtype.type(2**bits - 1)
+
+
+def scale_runs(step: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """``x = step * q``: float32 [n, runs], numbers [n, ...] -> float32 [n, elements], runs of equal length."""
+    n, runs = step.shape
+    in_runs = q.reshape(n, runs, prod(q.shape[1:]) // runs).astype(np.float32, copy=False)
+    return (step[:, :, None] * in_runs).reshape(n, prod(q.shape[1:]))
