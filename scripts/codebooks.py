@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -43,7 +44,8 @@ def read_books() -> dict[str, np.ndarray]:
 
 def main() -> None:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else FILE
-    np.savez_compressed(target, allow_pickle=False, **read_books())
+    books: dict[str, Any] = read_books()
+    np.savez_compressed(target, **books)
     print(f"{target}: {target.stat().st_size:,} bytes")
 
 

@@ -1,7 +1,7 @@
 """The codebooks of the i-quants: the few points of a grid that a group of 4 or 8 weights may lie on.
 
 Two bits a weight cannot buy a free choice of level for each weight, but they buy a choice among 256 whole
-groups of eight. Which groups is the outcome of a search by the formats' author and follows from no rule,
+groups of eight. Which groups is a choice of the formats' author that follows from no stated rule,
 so they are data: ``codebooks.npz``, written by ``scripts/codebooks.py`` from the tables of the Python package
 gguf (MIT licence), which has them from ggml's ``ggml-common.h`` (``iq2xxs_grid`` and so on).
 """

@@ -30,8 +30,8 @@ def decode_q1_0(raw: np.ndarray) -> np.ndarray:
         byte 2..17  qs    bit j of these 128 is element j
     """
     block = raw.view(BLOCK_Q1_0)[:, 0]
-    d, bits = _scale(block), fields(block["qs"], 1).reshape(-1, 128)
-    return np.where(bits == 1, d, -d)
+    d = _scale(block) * np.float32(1)  # any arithmetic makes a signalling NaN quiet, as ggml's conversion does
+    return np.where(fields(block["qs"], 1).reshape(-1, 128) == 1, d, -d)
 
 
 def decode_q2_0(raw: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def decode_q2_0(raw: np.ndarray) -> np.ndarray:
 
 
 def trits(packed: np.ndarray, count: int) -> np.ndarray:
-    """uint8 [n, w] -> int8 [n, count, w], each -1, 0 or 1: the first ``count`` ternary digits of every byte.
+    """uint8 [n, w] -> int8 [n, count * w] of -1, 0 and 1: the first ternary digit of every byte, then the second, ...
 
     A byte b stands for the fraction b / 256, written in base 3 as 0.t0 t1 t2 t3 t4. Multiplying by 3^i
     moves digit i to the front (what leaves the byte at the top is the whole part, the digits before it),
@@ -55,7 +55,7 @@ def trits(packed: np.ndarray, count: int) -> np.ndarray:
     """
     powers = (3 ** np.arange(count)).astype(np.uint8)[:, None]
     fraction = packed[:, None, :] * powers  # [n, w] -> [n, count, w], modulo 256
-    return (fraction.astype(np.uint16) * 3 >> 8).astype(np.int8) - 1
+    return ((fraction.astype(np.uint16) * 3 >> 8).astype(np.int8) - 1).reshape(-1, count * packed.shape[1])
 
 
 def decode_tq1_0(raw: np.ndarray) -> np.ndarray:
@@ -70,8 +70,7 @@ def decode_tq1_0(raw: np.ndarray) -> np.ndarray:
     """
     block = raw.view(BLOCK_TQ1_0)[:, 0]
     parts = trits(block["qs"][:, :32], 5), trits(block["qs"][:, 32:], 5), trits(block["qh"], 4)
-    q = np.concatenate([part.reshape(len(raw), part[0].size) for part in parts], axis=1)
-    return scale_runs(_scale(block), q)
+    return scale_runs(_scale(block), np.concatenate(parts, axis=1))
 
 
 def decode_tq2_0(raw: np.ndarray) -> np.ndarray:

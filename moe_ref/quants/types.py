@@ -2,7 +2,7 @@
 
 Source: ``enum ggml_type`` (``ggml.h``) and the block structs (``ggml-common.h``) of ggml 0.25.3, which is where
 Q2_0 comes from; the others have the sizes of ``GGML_QUANT_SIZES`` in gguf-py 0.19, except Q8_1 (36 bytes by its
-struct). Ids 31..33 and 36..38 are Q4_0 and IQ4_NL with their rows interleaved for ARM, which files of late 2024
+struct). Ids 31..33 and 36..38 are Q4_0 and IQ4_NL with their rows interleaved for ARM, which files of 2024
 may have and ggml no longer reads. Ids 4 and 5 are older than GGUF.
 """
 

@@ -249,7 +249,8 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path, archite
 
 
 @pytest.mark.parametrize(("architecture", "name"), NAMES)
-def test_a_tensor_of_unsupported_type_is_refused_by_name(tmp_path, architecture, name):
+def test_a_tensor_of_unsupported_type_is_refused_by_name(tmp_path, monkeypatch, architecture, name):
+    monkeypatch.delitem(FORMATS, "I8")  # of the types that are truly unsupported, none has rows of 24
     path = written(tmp_path, architecture, **{name: (shapes(architecture)[name], "I8")})
     with pytest.raises(FormatError, match=f"^{name}: type I8 is not supported; supported: {', '.join(FORMATS)}"):
         Model(path)

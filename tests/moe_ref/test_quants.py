@@ -1,4 +1,7 @@
-"""Every tensor format decodes as ggml decodes it, bit for bit; what cannot be decoded is refused by name."""
+"""Common tensor formats decode as ggml decodes them, bit for bit; what cannot be decoded is refused by name.
+
+The other formats, and random blocks of all of them: ``test_quants_hand.py`` and ``test_quants_all.py``.
+"""
 
 from __future__ import annotations
 
@@ -104,10 +107,6 @@ HAND = {
 }  # fmt: skip
 
 
-def test_every_format_has_a_hand_made_block():
-    assert set(HAND) == set(FORMATS)
-
-
 @pytest.mark.parametrize("name", HAND)
 def test_hand_made_block_decodes_to_hand_computed_values(name):
     raw, by_hand, values = HAND[name]
@@ -133,7 +132,7 @@ def random_blocks(name: str, seed: int, count: int) -> np.ndarray:
     return raw
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", HAND)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_blocks_equal_gguf_py_bit_for_bit(name, seed):
     assert name in SCALES or BY_NAME[name].block_elements == 1, f"say in SCALES where the scales of {name} lie"
@@ -145,7 +144,7 @@ def test_random_blocks_equal_gguf_py_bit_for_bit(name, seed):
     same_bits(dequantize(raw.ravel(), name, expected.shape), expected, f"{name}, seed {seed}, {len(raw)} blocks")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", HAND)
 def test_rows_of_several_blocks_and_axes_keep_their_order(name):
     shape = (3, 2, 2 * BY_NAME[name].block_elements)
     raw = random_blocks(name, 2, 12)
@@ -210,12 +209,18 @@ def test_unsupported_type_is_refused_naming_tensor_type_and_what_is_supported(na
 # The table of types
 
 
+# ggml has these and gguf-py 0.19 does not; all but Q2_0 were removed from ggml, but files may have them.
+UNLISTED = {"Q2_0", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8"}
+
+
 def test_type_table_agrees_with_gguf_py_except_for_q8_1():
     """gguf-py counts Q8_1's two scales as float32 (40 bytes); ggml's struct has two halves, 2 + 2 + 32 = 36 bytes."""
     theirs = {int(t): (t.name, *GGML_QUANT_SIZES[t]) for t in GGMLQuantizationType}
     ours = {i: (t.name, t.block_elements, t.block_bytes) for i, t in BY_ID.items()}
     differing = {ours.get(i, theirs.get(i))[0] for i in theirs.keys() | ours.keys() if theirs.get(i) != ours.get(i)}
-    assert differing == {"Q8_1"}, {i: (ours.get(i), theirs.get(i)) for i in theirs if theirs[i] != ours.get(i)}
+    assert differing == {"Q8_1"} | UNLISTED, {
+        i: (ours.get(i), theirs.get(i)) for i in theirs if theirs[i] != ours.get(i)
+    }
     assert ours[9] == ("Q8_1", 32, 36)
 
 

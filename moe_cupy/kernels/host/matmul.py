@@ -21,7 +21,7 @@ from moe_ref.quants import BY_NAME
 F32, F16, BF16, Q4_0, Q8_0, Q4_K, Q5_K, Q6_K = (
     BY_NAME[name].id for name in ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 )
-SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SUPPORTED: tuple[str, ...] = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 REASSOCIATE = {"reassoc", "contract", "nsz"}  # lets a sum use vector lanes; NaN and infinity keep their meaning
 
 
