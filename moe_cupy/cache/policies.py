@@ -30,7 +30,7 @@ class Policy(Protocol):
 
 
 class LRU:
-    """Least recently used first. Source: the textbook; within an event the order of the ids counts."""
+    """Least recently used first (the textbook); in an event hits count as used before misses, each in order of ids."""
 
     def __init__(self, slots: int = 0) -> None:
         del slots  # the rule does not depend on how many there are

@@ -90,7 +90,7 @@ class HostDevice:
     def stalls(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         for stream in self._streams.values():
-            total.update(stream.stalls)
+            total.update(dict(stream.stalls))  # a copy: the stream's thread may be adding a reason
         return dict(total)
 
     def synchronize(self) -> None:

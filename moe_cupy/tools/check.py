@@ -51,8 +51,15 @@ def error_over_tolerance(case: Case, device: Device) -> float:
     OPS[case.op].reference(**want)
     device.launch(case.op, device.stream("check"), **got)
     device.synchronize()
+    if any(not np.array_equal(got[name], case.buffers[name], equal_nan=True) for name in _inputs(case)):
+        return float("inf")  # an op that writes into what it reads
     allowed = case.allowed()
     return max(_ratio(got[name], want[name], allowed[name]) for name in case.outputs)
+
+
+def _inputs(case: Case) -> list[str]:
+    """Array buffers that an op must leave alone."""
+    return [n for n, value in case.buffers.items() if isinstance(value, np.ndarray) and n not in case.outputs]
 
 
 def _ratio(got: np.ndarray, want: np.ndarray, allowed: np.ndarray | float) -> float:
@@ -78,8 +85,7 @@ def compare_logits(name: str, got: np.ndarray, want: np.ndarray) -> Outcome:
     allowed = WHOLE_MODEL_TOLERANCE * max(1.0, float(want.std()))
     error = np.abs(got - want).max(axis=1)
     differs = got.argmax(axis=1) != want.argmax(axis=1)
-    gap = np.sort(want, axis=1)[:, -1] - np.sort(want, axis=1)[:, -2]
-    worst = float("inf") if (differs & (gap > 2 * error)).any() else float(error.max()) / allowed
+    worst = float("inf") if differs.any() else float(error.max()) / allowed
     return Outcome(name, len(want), worst, f"position {int(error.argmax())}: {error.max():.1e} of {allowed:.1e}")
 
 

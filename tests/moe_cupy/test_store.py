@@ -80,21 +80,24 @@ def test_any_range_equals_a_plain_read(files, direct, wanted):
 
 
 def test_how_says_what_was_got(path):
+    descriptors = len(os.listdir("/proc/self/fd"))
     buffered, direct = RangeFile(path, direct=False), RangeFile(path, direct=True)
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 2, "one each"
     assert (buffered.how, buffered.alignment) == ("buffered reads", 1)
-    aligned_how = f"O_DIRECT, aligned to {direct.alignment} bytes"
-    assert direct.how == aligned_how if direct.alignment > 1 else direct.how.startswith("buffered reads (")
+    is_direct = f"O_DIRECT, aligned to {direct.alignment} bytes"
+    assert direct.how == is_direct if direct.alignment > 1 else direct.how.startswith("buffered reads (")
     assert buffered.size == direct.size == 70_001
-    for file in (buffered, direct):
+    for file in (buffered, direct, buffered, direct):  # closing is idempotent
         file.close()
-        file.close()  # idempotent
         with pytest.raises(StoreError, match=f"{path}: reading"):
             read(file, 0, 10)
 
 
-@MODES
-def test_several_threads_read_at_once(path, direct):
-    file, want, wrong = RangeFile(path, direct), content(70_001), []
+@pytest.mark.parametrize("how", ["direct", "buffered", "without preadv"])
+def test_several_threads_read_at_once(path, how, monkeypatch):
+    if how == "without preadv":
+        monkeypatch.delattr(os, "preadv")
+    file, want, wrong = RangeFile(path, how == "direct"), content(70_001), []
 
     def reader(seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -108,7 +111,7 @@ def test_several_threads_read_at_once(path, direct):
         thread.start()
     for thread in threads:
         thread.join(30)
-        assert not thread.is_alive(), "a reader hangs"
+    assert not any(thread.is_alive() for thread in threads), "a reader hangs"
     file.close()
     assert not wrong
 
@@ -167,7 +170,6 @@ def short_reads(monkeypatch, most: int) -> list[int]:
 )
 @pytest.mark.parametrize(("first", "last"), [(0, 900), (4000, 13_000), (69_000, 70_001)])
 def test_short_reads_are_continued_where_they_ended(path, direct, most, first, last, monkeypatch):
-    """Also where O_DIRECT stops inside a block: what follows must start at a block again."""
     file = RangeFile(path, direct)
     counts = short_reads(monkeypatch, most)
     assert read(file, first, last - first) == content(70_001)[first:last], file.how
@@ -231,7 +233,6 @@ def test_direct_refused_means_buffered_with_the_reason(path, refuse, reason, mon
 
 @MODES
 def test_reads_work_without_preadv(path, direct, monkeypatch):
-    """Windows has none; there is no O_DIRECT there either, but asking for both must not fail."""
     monkeypatch.delattr(os, "preadv")
     file = RangeFile(path, direct)
     for first, last in ((0, 1), (12_345, 54_321), (70_000, 70_001)):
@@ -285,8 +286,7 @@ def check_every_expert(path: Path, layers: int, experts: int, direct: bool) -> N
                 key, slot = layer * experts + expert, memory[size : 2 * size]
                 store.read(key, slot)
                 views = store.views(key, slot)
-                assert list(views) == list(MATRICES)
-                for name, view in views.items():
+                for name, view in zip(MATRICES, views.values(), strict=True):
                     tensor = gguf.tensors[f"blk.{layer}.ffn_{name}_exps.weight"]
                     nbytes = tensor.nbytes // experts
                     want = gguf.read(tensor.name, expert * nbytes, nbytes)

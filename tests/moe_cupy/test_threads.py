@@ -19,8 +19,7 @@ LONG = 20.0  # seconds that nothing here takes unless it hangs
 TICK = 0.02
 
 
-class Boom(Exception):
-    """A failure planted by a test."""
+Boom = type("Boom", (Exception,), {})
 
 
 def boom(error: type[BaseException] = Boom) -> None:
@@ -125,16 +124,17 @@ def test_events_order_streams_and_the_time_lost_is_booked_under_the_reason(devic
 
 
 def test_a_failure_skips_later_work_and_travels_to_streams_that_wait_and_no_others(device):
-    a, b, c, seen = device.stream("a"), device.stream("b"), device.stream("c"), []
+    (a, b, c, d), seen = map(device.stream, "abcd"), []
     a.run(boom)
     a.run(lambda: seen.append("a"))
     failed = a.record()
     b.wait(failed, "x")
     b.run(lambda: seen.append("b"))
     c.run(lambda: seen.append("c"))
+    d.wait(device.workers("q", 1).submit(boom, 0), "queues fail as well")
     finish_or_free([failed, c.record()], LONG)
     c.wait(failed, "late")  # that event has long been there, its failure still counts
-    for event in (failed, failed, a.record(), b.record(), c.record()):
+    for event in (failed, failed, a.record(), b.record(), c.record(), d.record()):
         with pytest.raises(Boom):
             within(LONG, event.synchronize)
         assert event.done()
@@ -168,30 +168,34 @@ def test_clear_makes_a_failed_stream_usable_whatever_the_failure(device, error):
         failed.synchronize()
 
 
-def test_one_worker_serves_by_urgency_then_age(device):
+def test_one_worker_serves_by_urgency_then_age_and_promotion_moves_what_has_not_begun(device):
     workers, gate, seen = device.workers("q", 1), Gate(), []
-    workers.submit(gate, 9)
+    running = workers.submit(gate, 9)
     gate.inside()
-    urgencies = [2, 0, 1, 0, 2, 1, 0]
-    events = [workers.submit(lambda i=i: seen.append(i), u) for i, u in enumerate(urgencies)]
-    gate.opened.set()
-    finish_or_free(events, LONG)
-    assert seen == sorted(range(len(urgencies)), key=lambda i: (urgencies[i], i))
-
-
-def test_promotion_moves_what_has_not_begun_and_nothing_runs_twice(device):
-    workers, gate, seen = device.workers("q", 1), Gate(), []
-    running = workers.submit(gate, 5)
-    gate.inside()
-    events = [workers.submit(lambda i=i: seen.append(i), 1) for i in range(4)]
+    events = [workers.submit(lambda i=i: seen.append(i), u) for i, u in enumerate([2, 0, 1, 0, 2, 1, 0])]
     # The last three have no effect: less urgent than it was, already running, not of this queue.
-    for event, urgency in ((events[2], 0), (events[3], 7), (running, 0), (ThreadEvent(), 0)):
+    for event, urgency in ((events[4], 0), (events[1], 7), (running, 0), (ThreadEvent(), 0)):
         workers.promote(event, urgency)
     gate.opened.set()
     within(LONG, workers.drain)
-    workers.promote(events[1], 0)  # already done
+    workers.promote(events[0], 0)  # already done
     within(LONG, workers.drain)
-    assert seen == [2, 0, 1, 3]
+    assert seen == [1, 3, 4, 6, 2, 5, 0]
+
+
+def test_promotion_of_work_that_still_waits_counts_once_it_may_begin(device):
+    workers, stream, gate, hold, seen = device.workers("q", 1), device.stream("a"), Gate(), Gate(), []
+    stream.run(gate)
+    waiting = [workers.submit(lambda u=u: seen.append(u), u, after=stream.record()) for u in (1, 2, 3)]
+    for event, urgency in ((waiting[2], 0), (waiting[0], 9)):  # the second is less urgent: no effect
+        workers.promote(event, urgency)
+    workers.submit(hold, 0)
+    hold.inside()
+    gate.opened.set()
+    within(LONG, stream.record().synchronize)
+    hold.opened.set()
+    finish_or_free(waiting, LONG)
+    assert seen == [3, 1, 2]
 
 
 def test_work_begins_after_what_it_comes_after_well_or_not(device):
@@ -208,20 +212,12 @@ def test_work_begins_after_what_it_comes_after_well_or_not(device):
     assert seen == ["free", "late"]
 
 
-def test_a_failure_in_a_queue_travels_to_a_stream_and_harms_no_other_work(device):
-    workers, stream = device.workers("q", 1), device.stream("a")
-    stream.wait(workers.submit(boom, 0), "expert")
-    with pytest.raises(Boom):
-        within(LONG, stream.record().synchronize)
-    within(LONG, workers.submit(lambda: None, 0).synchronize)
-
-
-def test_drain_waits_for_all_that_is_queued_or_running(device):
+def test_drain_waits_for_all_that_is_queued_or_running_and_failed_work_harms_no_other(device):
     workers, gate, seen = device.workers("q", 2), Gate(), []
     workers.submit(gate, 0)
+    workers.submit(boom, 0)
     for i in range(20):
         workers.submit(lambda i=i: (time.sleep(TICK / 20), seen.append(i)), 1)
-    workers.submit(boom, 2)
     threading.Timer(3 * TICK, gate.opened.set).start()
     within(LONG, workers.drain)
     assert gate.opened.is_set() and sorted(seen) == list(range(20))
@@ -229,15 +225,14 @@ def test_drain_waits_for_all_that_is_queued_or_running(device):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_work_that_waits_for_less_urgent_work_does_not_block_it(device, count):
-    """A prefetch into the slot of a prefetch not begun is wanted now: taking it first must not starve the other."""
+    """A demand load into the slot of a prefetch not begun: a worker that takes it first starves the other."""
     workers, gates, seen = device.workers("q", count), [Gate() for _ in range(count)], []
     for gate in gates:
         workers.submit(gate, 0)
         gate.inside()
     first = [workers.submit(lambda: seen.append("first"), 1) for _ in range(count)]
-    then = [workers.submit(lambda: seen.append("then"), 1, after=event) for event in first]
-    for event, gate in zip(then, gates, strict=True):
-        workers.promote(event, 0)
+    then = [workers.submit(lambda: seen.append("then"), 0, after=event) for event in first]
+    for gate in gates:
         gate.opened.set()
     finish_or_free([*first, *then], LONG)
     assert sorted(seen) == ["first"] * count + ["then"] * count
@@ -345,7 +340,8 @@ def test_close_finishes_what_is_queued_and_ends_all_threads(count):
     workers = host.workers("read", count)
     for i in range(20):
         workers.submit(lambda i=i: (time.sleep(TICK / 10), seen.append(i)), i % 3)
-    host.stream("a").run(lambda: seen.append("a"))
+    host.stream("a").run(lambda: (time.sleep(5 * TICK), seen.append("a")))
+    workers.submit(lambda: seen.append("late"), 0, after=host.stream("a").record())
     assert len(set(threading.enumerate()) - before) >= count + 2
     within(LONG, host.close)
-    assert len(seen) == 3 + 20 + 1 and set(threading.enumerate()) == before
+    assert len(seen) == 3 + 20 + 2 and set(threading.enumerate()) == before
