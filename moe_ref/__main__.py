@@ -79,7 +79,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
         print(decoder.push(token), end="", flush=True)
     print(decoder.flush())
     if args.json:
-        print_json({"prompt": text, "text": tokenizer.decode(made), "tokens": [int(t) for t in made]})
+        print_json({"prompt": text, "text": tokenizer.decode(made, continues=True), "tokens": [int(t) for t in made]})
 
 
 def cmd_perplexity(args: argparse.Namespace) -> None:

@@ -180,5 +180,17 @@ _ROWS: dict[str, PreTokenizer] = {
 
 PRETOKENIZERS: dict[str, PreTokenizer] = {name: row for names, row in _ROWS.items() for name in names.split()}
 
-# Known to llama.cpp under tokenizer model "gpt2", but their tokens are plain text with ▁ for a space, not bytes.
-NOT_BYTE_LEVEL = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace")
+
+@dataclass(frozen=True, slots=True)
+class SpaceMarked:
+    """A name whose tokens are plain text with ▁ for a space, not bytes (spm.py); cut at runs of newlines alone."""
+
+    whole_newlines: bool = False  # a run of newlines that is a token is that token, whatever the merges say
+    always_bos: bool = False  # even against `tokenizer.ggml.add_bos_token`
+
+
+GEMMA4 = SpaceMarked(whole_newlines=True, always_bos=True)
+SPACE_MARKED = {"gemma4": GEMMA4, "granite-embed-multi-311m": GEMMA4, "sarvam-moe": SpaceMarked()}
+
+# Known to llama.cpp, but neither: plain text whose spaces are dropped (embeddings of Jina).
+NOT_BYTE_LEVEL = ("whitespace",)

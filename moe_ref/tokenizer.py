@@ -1,19 +1,32 @@
 """Text to token ids and back, by the tokenizer that a GGUF file carries; ids equal those of llama.cpp.
 
-A text is cut three times: at special tokens, by the patterns of its pre-tokenizer (pretokenizers.py), and into bytes,
-which merges then join in the order of their rank. The last two are done by the `tokenizers` library.
+A text is cut at special tokens first. What is between goes to one of two engines:
+
+* Byte-level BPE, `tokenizer.ggml.model` "gpt2": cut by the patterns of a pre-tokenizer (pretokenizers.py), and into
+  bytes, which merges then join in the order of their rank; done by the `tokenizers` library.
+* BPE on characters, with ▁ for a space, "llama" and "gemma4": spm.py.
 """
 
 from __future__ import annotations
 
 import codecs
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from string import whitespace
 from typing import Any, Protocol
 
-from moe_ref.pretokenizers import FALCON_END_OF_TEXT, NOT_BYTE_LEVEL, PRETOKENIZERS, PreTokenizer
+from moe_ref.pretokenizers import (
+    FALCON_END_OF_TEXT,
+    GEMMA4,
+    NOT_BYTE_LEVEL,
+    PRETOKENIZERS,
+    SPACE_MARKED,
+    PreTokenizer,
+    SpaceMarked,
+)
+from moe_ref.spm import ListedBPE, ScoredBPE
 from moe_ref.vocabulary import (
     BYTE,
     CONTROL,
@@ -22,6 +35,7 @@ from moe_ref.vocabulary import (
     SPECIAL,
     UNKNOWN,
     USER_DEFINED,
+    Defaults,
     TokenizerError,
     Vocabulary,
     array,
@@ -68,9 +82,16 @@ class Tokenizer:
             ids.append(self.eos_id)
         return ids
 
-    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ``ids``: their bytes joined, then decoded, invalid UTF-8 as U+FFFD."""
-        return self._bytes(ids, skip_special).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], skip_special: bool = False, continues: bool = False) -> str:
+        """The text of ``ids``: their bytes joined, then decoded, invalid UTF-8 as U+FFFD.
+
+        Where the file puts a space before a text (Llama 2, Mixtral), one that ``ids`` begin with is left out, unless
+        they continue something. As in llama.cpp, none is left out after a special token.
+        """
+        said = [self._bytes([i], skip_special) for i in ids]
+        if said and self._vocabulary.space_prefix and not continues:
+            said[0] = said[0].removeprefix(b" ")
+        return b"".join(said).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
         """What one token says: any bytes, often not whole characters. Raises TokenizerError for an unknown id."""
@@ -95,22 +116,23 @@ class Tokenizer:
         """Cut ``text`` at special tokens, the longest token first wherever it is, then the next."""
         texts, kinds = self._vocabulary.texts, self._vocabulary.kinds
         fragments: list[str | int] = [text] if text else []
+        has = cache(text.__contains__)  # of thousands of special tokens most begin alike
         for i in self._special:
-            if texts[i] in text and (parse_special or kinds[i] == USER_DEFINED):
+            if has(texts[i][:5]) and texts[i] in text and (parse_special or kinds[i] == USER_DEFINED):
                 cut = partial(_cut, token=texts[i], id=i, side=self._vocabulary.strips.get(i))
                 fragments = [part for f in fragments for part in (cut(f) if isinstance(f, str) else [f])]
         return fragments
 
 
 class StreamDecoder:
-    """Text as its tokens come: only whole characters, the bytes of an unfinished one are held back."""
+    """Text as its tokens come, to follow a prompt: whole characters only, an unfinished one is held back."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
         self._tokenizer, self._skip_special = tokenizer, skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """What can be said after this token; the pieces and the flush join to what ``decode`` says of all ids."""
+        """What can be said after this token; pieces and flush join to ``decode`` of all ids with ``continues``."""
         return self._decoder.decode(self._tokenizer._bytes([id], self._skip_special))
 
     def flush(self) -> str:
@@ -127,10 +149,12 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     ``tokenizer.ggml.pre`` is read as "default" with a warning, as llama.cpp does.
     """
     model = metadata.get(KEY + "model")
-    if model not in MODELS:
-        found = f"{KEY}model is missing" if model is None else f"{KEY}model {model!r} is not supported"
-        raise TokenizerError(f"{found}; supported: {', '.join(MODELS)} (byte-level BPE); convert a model that has one")
-    return MODELS[model](metadata)
+    if isinstance(model, str) and model in MODELS:
+        return MODELS[model](metadata)
+    found = f"{KEY}model is missing" if model is None else f"{KEY}model {model!r} is not supported"
+    if model in NO_VOCABULARY:
+        found = f"{KEY}model is {model!r}: the file says that it has no tokens"
+    raise TokenizerError(f"{found}; supported: {', '.join(MODELS)}; convert a model that has one")
 
 
 def well_formed(text: str) -> str:
@@ -144,11 +168,12 @@ def well_formed(text: str) -> str:
 
 def _cut(text: str, token: str, id: int, side: str | None) -> list[str | int]:
     """``text`` cut at every ``token``, which is replaced by its id; nothing empty is left."""
-    parts = text.split(token)
+    if side == "right":  # what is eaten is no token any more, were it one
+        parts = re.split(f"{re.escape(token)}[{whitespace}]*", text)
+    else:
+        parts = text.split(token)
     if side == "left":
         parts[:-1] = [part.rstrip(whitespace) for part in parts[:-1]]
-    if side == "right":
-        parts[1:] = [part.lstrip(whitespace) for part in parts[1:]]
     return [piece for part in parts for piece in (id, part) if piece != ""][1:]
 
 
@@ -199,9 +224,12 @@ class ByteLevelBPE:
         return b"".join(bytes([BYTE_OF[c]]) if c in BYTE_OF else c.encode() for c in text)
 
 
-def _load_byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
-    row = _pre_tokenizer_row(metadata.get(KEY + "pre"))
-    vocabulary = read_vocabulary(metadata, row.bos_id, FALCON_END_OF_TEXT, row.add_bos)
+def _load_gpt2(metadata: Mapping[str, Any]) -> Tokenizer:
+    name = metadata.get(KEY + "pre")
+    if isinstance(name, str) and name in SPACE_MARKED:
+        return _load_listed(metadata, SPACE_MARKED[name], FALCON_END_OF_TEXT)
+    row = _pre_tokenizer_row(name)
+    vocabulary = read_vocabulary(metadata, Defaults(row.bos_id, FALCON_END_OF_TEXT, row.add_bos, control_only=True))
     return Tokenizer(vocabulary, ByteLevelBPE(vocabulary, _read_merges(metadata, vocabulary), row))
 
 
@@ -211,7 +239,7 @@ def _pre_tokenizer_row(name: Any) -> PreTokenizer:
         name = "default"
     if name in PRETOKENIZERS:
         return PRETOKENIZERS[name]
-    known = ", ".join(sorted(PRETOKENIZERS))
+    known = ", ".join(sorted([*PRETOKENIZERS, *SPACE_MARKED]))
     why = "has tokens that are not bytes" if name in NOT_BYTE_LEVEL else "is not known"
     raise TokenizerError(f"{KEY}pre {name!r} {why}; supported: {known}; correct it with gguf_new_metadata")
 
@@ -242,4 +270,27 @@ def _tokenizers_library() -> Any:
     return tokenizers
 
 
-MODELS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {"gpt2": _load_byte_level_bpe}  # tokenizer.ggml.model
+# ---- BPE on characters
+
+
+def _load_scored(metadata: Mapping[str, Any]) -> Tokenizer:
+    vocabulary = read_vocabulary(metadata, Defaults(bos_id=1, eos_id=2, add_bos=True, space_prefix=True))
+    return Tokenizer(vocabulary, ScoredBPE(metadata, vocabulary))
+
+
+def _load_listed(metadata: Mapping[str, Any], row: SpaceMarked = GEMMA4, end: int | None = None) -> Tokenizer:
+    """``end``: bos and eos of a file that names none."""
+    if row.always_bos:
+        if metadata.get(KEY + "add_bos_token") is False:
+            warnings.warn(f"{KEY}add_bos_token is false and passed over: Gemma 4 needs its bos", stacklevel=2)
+        metadata = {**metadata, KEY + "add_bos_token": True}
+    vocabulary = read_vocabulary(metadata, Defaults(end, end, control_only=True))
+    return Tokenizer(vocabulary, ListedBPE(metadata, vocabulary, row.whole_newlines))
+
+
+MODELS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {  # tokenizer.ggml.model
+    "gpt2": _load_gpt2,
+    "llama": _load_scored,
+    "gemma4": _load_listed,
+}
+NO_VOCABULARY = ("none", "no_vocab")

@@ -57,17 +57,33 @@ class Vocabulary:
     add_bos: bool = False
     add_eos: bool = False
     strips: dict[int, str] = field(default_factory=dict)
+    space_prefix: bool = False  # the space before the first word is not of the text
 
 
-def read_vocabulary(
-    metadata: Mapping[str, Any], default_bos: int | None, default_eos: int | None, add_bos: bool
-) -> Vocabulary:
-    """The vocabulary of ``metadata``; the defaults are for absent keys. Raises TokenizerError naming the key."""
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What holds where a file has no such key: `bos_token_id`, `eos_token_id`, `add_bos_token`, `add_space_prefix`."""
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    add_bos: bool = False
+    space_prefix: bool = False
+    control_only: bool = False  # bos and eos only if those tokens are of the type control
+
+
+def read_vocabulary(metadata: Mapping[str, Any], defaults: Defaults) -> Vocabulary:
+    """The vocabulary of ``metadata``. Raises TokenizerError naming the key."""
     vocabulary = _read_tokens(metadata)
-    vocabulary.bos_id = _special_id(metadata, "bos", vocabulary, _control_or_none(default_bos, vocabulary))
-    vocabulary.eos_id = _special_id(metadata, "eos", vocabulary, _control_or_none(default_eos, vocabulary))
-    vocabulary.add_bos = _flag(metadata, "add_bos_token", add_bos, vocabulary.bos_id)
-    vocabulary.add_eos = _flag(metadata, "add_eos_token", False, vocabulary.eos_id)
+    bos_id, eos_id = (_default_id(i, vocabulary, defaults.control_only) for i in (defaults.bos_id, defaults.eos_id))
+    vocabulary.bos_id = _special_id(metadata, "bos", vocabulary, bos_id)
+    vocabulary.eos_id = _special_id(metadata, "eos", vocabulary, eos_id)
+    vocabulary.add_bos = _flag(metadata, "add_bos_token", defaults.add_bos)
+    vocabulary.add_eos = _flag(metadata, "add_eos_token", False)
+    vocabulary.space_prefix = _flag(metadata, "add_space_prefix", defaults.space_prefix)
+    if vocabulary.add_bos:
+        _check_is_there(metadata, "bos", vocabulary.bos_id)
+    if vocabulary.add_eos:
+        _check_is_there(metadata, "eos", vocabulary.eos_id)
     vocabulary.eog_ids = _correct_kinds(metadata, vocabulary)
     vocabulary.strips = _strips(metadata, vocabulary)
     return vocabulary
@@ -88,7 +104,8 @@ def array(metadata: Mapping[str, Any], name: str, kind: type, remedy: str = "con
 
 
 def _read_tokens(metadata: Mapping[str, Any]) -> Vocabulary:
-    texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(array(metadata, "tokens", str))]
+    read = (text.partition("\0")[0] for text in array(metadata, "tokens", str))  # llama.cpp reads C strings
+    texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(read)]
     if not texts:
         raise TokenizerError(f"{KEY}tokens is empty; a tokenizer needs at least one token; convert the model again")
     ids = {text: i for i, text in enumerate(texts)}
@@ -102,9 +119,10 @@ def _read_tokens(metadata: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(texts, kinds[: len(texts)], ids)
 
 
-def _control_or_none(token: int | None, vocabulary: Vocabulary) -> int | None:
-    known = token is not None and token < len(vocabulary.texts) and vocabulary.kinds[token] == CONTROL
-    return token if known else None
+def _default_id(token: int | None, vocabulary: Vocabulary, control_only: bool) -> int | None:
+    if token is None or token >= len(vocabulary.texts):
+        return None
+    return token if vocabulary.kinds[token] == CONTROL or not control_only else None
 
 
 def _special_id(metadata: Mapping[str, Any], role: str, vocabulary: Vocabulary, default: int | None) -> int | None:
@@ -121,15 +139,19 @@ def _special_id(metadata: Mapping[str, Any], role: str, vocabulary: Vocabulary, 
     return default
 
 
-def _flag(metadata: Mapping[str, Any], name: str, default: bool, token: int | None) -> bool:
+def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     value = metadata.get(KEY + name, default)
     if not isinstance(value, bool):
         raise TokenizerError(f"{KEY}{name}: {value!r}, expected true or false; set it with gguf_set_metadata")
-    if value and token is None:
-        absent = f"{KEY}{name.removeprefix('add_')}_id"
-        said = "true" if KEY + name in metadata else f"absent, and true for this {KEY}pre"
-        raise TokenizerError(f"{KEY}{name} is {said}, but there is no {absent}; set either with gguf_new_metadata")
     return value
+
+
+def _check_is_there(metadata: Mapping[str, Any], role: str, token: int | None) -> None:
+    if token is None:
+        name = f"{KEY}add_{role}_token"
+        said = "true" if name in metadata else "absent, and true for this tokenizer"
+        absent = f"{KEY}{role}_token_id"
+        raise TokenizerError(f"{name} is {said}, but there is no {absent}; set either with gguf_new_metadata")
 
 
 def _correct_kinds(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> frozenset[int]:

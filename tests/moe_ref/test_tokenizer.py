@@ -69,10 +69,6 @@ def test_golden_ids_equal_those_of_llama_cpp_and_decode_back(name: str) -> None:
     golden = json.loads(ANSWERS.read_text("utf-8"))
     path = next(p for folder in ("archs", "quants") for p in sorted((GOLDEN / folder).glob(f"{name[:-5]}.*.gguf")))
     with open_gguf(path) as gguf:
-        if (model := gguf.metadata["tokenizer.ggml.model"]) != "gpt2":
-            with pytest.raises(TokenizerError, match=f"'{model}' is not supported"):
-                load_tokenizer(gguf.metadata)
-            return
         mine = load_tokenizer(gguf.metadata)
     for text, (plain, special, same) in zip(golden["texts"], golden["files"][name], strict=True):
         assert mine.encode(text, add_special=False, parse_special=False) == plain, repr(text)
@@ -82,10 +78,6 @@ def test_golden_ids_equal_those_of_llama_cpp_and_decode_back(name: str) -> None:
 
 @pytest.mark.parametrize("path", shared_files("data/golden/vocab/*.gguf"))
 def test_vocabulary_tests_of_llama_cpp_pass_to_the_last_id(path: Path) -> None:
-    if "spm" in path.name or "phi-3" in path.name:
-        with pytest.raises(TokenizerError, match="'llama' is not supported"):
-            load(path)
-        return
     mine = load(path)
     texts = Path(f"{path}.inp").read_bytes().decode("utf-8").split("\n__ggml_vocab_test__\n")
     lines = Path(f"{path}.out").read_text("utf-8").split("\n")
@@ -294,7 +286,7 @@ def test_missing_bos_and_eos_are_token_11_only_where_that_is_a_control_token() -
         ({"model": None}, "tokenizer.ggml.model is missing; supported: gpt2"),
         ({"model": "rwkv"}, "model 'rwkv' is not supported"),
         ({"pre": "qwen9"}, "pre 'qwen9' is not known; supported: .*qwen2, qwen35.*"),
-        ({"pre": NOT_BYTE_LEVEL[2]}, "pre 'sarvam-moe' has tokens that are not bytes"),
+        ({"pre": NOT_BYTE_LEVEL[0]}, "pre 'whitespace' has tokens that are not bytes"),
         ({"tokens": None}, "tokens is missing"),
         ({"tokens": "abc"}, "tokens: 'abc', expected an array of str"),
         ({"tokens": []}, "tokens is empty"),
