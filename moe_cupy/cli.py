@@ -90,7 +90,8 @@ def cmd_run(args: argparse.Namespace) -> None:
 
             ns = max(1, int(1e9 * stats.generated_seconds))
             record = as_record(engine, Result("run", 0, stats.generated_tokens, (ns,), stats), warm=False)
-            print_json(record | {"n_prompt": len(ids), "text": engine.tokenizer.decode(made, continues=True), "tokens": made})
+            made_text = engine.tokenizer.decode(made, continues=True)
+            print_json(record | {"n_prompt": len(ids), "text": made_text, "tokens": made})
         else:
             print("\n" + side_by_side([("", stats)]))
 
