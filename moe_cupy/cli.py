@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from moe_ref.command import (
     add_prompt,
     add_sampling,
     note,
+    number,
     print_json,
     prompt_text,
     read_text,
@@ -44,7 +46,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16")
     add("-t", "--threads", type=int, default=None, help="threads for compute (default: all cores)")
     add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
-    add("--reads", dest="reads_in_flight", type=int, default=4, help="expert reads in flight (default 4)")
+    add("--reads", dest="reads_in_flight", type=number(1, 256), default=4, help="expert reads in flight (default 4)")
     add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", help="layers on the GPU (needs --device cuda)")
     add("-ot", "--override-tensor", help="regex=device,… (needs --device cuda)")
     add("-cmoe", "--cpu-moe", action="store_true", default=None, help="all experts on the CPU (needs --device cuda)")
@@ -65,19 +67,26 @@ def open_engine(args: argparse.Namespace) -> Any:
     options = {name: value for name, value in vars(args).items() if name in names}
     engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
     note("\n".join([engine.device_reason, *engine.placement.lines()]))
+    if engine.kv.capacity > engine.config.context_length:
+        note(f"-c {engine.kv.capacity}: this model was made for {engine.config.context_length} tokens; "
+             "what it writes beyond them is not to be trusted")  # fmt: skip
     return engine
 
 
 def cmd_run(args: argparse.Namespace) -> None:
     """Text as it comes, then placement, tok/s, hits, bytes and stalls."""
     from moe_cupy.tools.report import side_by_side
+    from moe_ref.gguf import open_gguf
     from moe_ref.sampling import Sampler
     from moe_ref.tokenizer import StreamDecoder
 
     sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    with open_gguf(args.model) as file:  # a mistake in the prompt is told before a large model is loaded
+        text = prompt_text(args, file.metadata)
     with open_engine(args) as engine:
-        text = prompt_text(args, engine.file.metadata)
         ids = engine.tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
+        if not 1 <= len(ids) <= engine.kv.capacity:
+            raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{engine.kv.capacity} (-c)")
         decoder, made = StreamDecoder(engine.tokenizer), []
         print(text, end="", flush=True)
         for token in engine.generate_tokens(ids, args.predict, sampler, engine.tokenizer.eog_ids):
@@ -125,6 +134,8 @@ def cmd_check(args: argparse.Namespace) -> int:
     from moe_cupy.tools import check
 
     with open_engine(args) as engine:
+        if args.n_tokens > engine.kv.capacity:
+            raise RequestError(f"--n-tokens {args.n_tokens}: the context holds {engine.kv.capacity}; raise -c")
         tokens = np.random.default_rng(args.seed).integers(0, engine.config.vocab_size, args.n_tokens)
         outcomes = [*check.check_ops(engine.device, seed=args.seed), *check.check_model(engine, tokens)]
     print(check.table(outcomes))
@@ -159,6 +170,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     from moe_cupy.device import open_device
     from moe_cupy.tools import check, machine
 
+    if not os.path.isdir(args.folder):
+        raise RequestError(f"--folder {args.folder}: there is no such folder")
     for name, finding in machine.facts(args.folder):
         print(f"{name:14} {finding}", flush=True)
     device, _ = open_device("host")
@@ -169,10 +182,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 def _counts(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 128,512, found {text!r}") from None
+    return [number(0)(word) for word in text.split(",")]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -197,8 +207,8 @@ def build_parser() -> argparse.ArgumentParser:
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
     ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
     check = command("check", cmd_check)
-    check.add_argument("--n-tokens", type=int, default=32, help="tokens of the whole-model check (default 32)")
-    check.add_argument("-s", "--seed", type=int, default=0, help="seed of the generated inputs (default 0)")
+    check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
+    check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")
     bench = command("bench", cmd_bench)
     bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
     bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,11 +26,16 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     args = parser.parse_args(argv)
     if getattr(args, "model", "") is None:
         return _complain("no model: give a GGUF file, as MODEL or -m MODEL", 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character of the text shows a "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
-        return args.run(args) or 0
+        _refuse_broken_text(args)
+        code = args.run(args) or 0
+        if sys.stdout is not None:  # None where the caller closed it
+            sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
+        return code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -39,7 +45,27 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     except ValueError as error:  # GGUFError, ConfigError, FormatError, TokenizerError, RequestError, …
         return _complain(str(error), 2)
     except (OSError, RuntimeError) as error:
+        _drop_stdout()
         return _complain(str(error), 2 if getattr(error, "is_request", False) else 1)
+
+
+def _drop_stdout() -> None:
+    """What is still buffered goes to where it can be written, lest the interpreter complain about it when it ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse_broken_text(args: argparse.Namespace) -> None:
+    """Python hides bytes that are no text in lone surrogates, which no tokenizer knows."""
+    for name, flag in (("prompt", "-p"), ("system_prompt", "-sys")):
+        try:
+            (getattr(args, name, None) or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            encoding = sys.getfilesystemencoding()
+            raise RequestError(f"{flag}: character {error.start} is not {encoding} text; use -f FILE") from error
 
 
 def _complain(message: str, code: int) -> int:
@@ -59,8 +85,19 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Open ``path`` for writing such that it appears complete or not at all; an old file survives a failure."""
-    target = Path(path)
+    """Open ``path`` for writing such that it appears complete or not at all; an old file survives a failure.
+
+    A link keeps its place and its target is replaced. What is no file, such as /dev/stdout or a pipe, is written to.
+    """
+    target = Path(os.path.realpath(path))
+    if not path:
+        raise RequestError("no file to write is named")
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        memory = io.BytesIO()
+        yield memory
+        with open(path, "wb", buffering=0) as device:
+            device.write(memory.getbuffer())
+        return
     if not target.parent.is_dir():
         raise RequestError(f"{target}: there is no folder {target.parent}")
     if target.is_dir():
@@ -90,7 +127,7 @@ def token_list(text: str) -> list[int]:
     if text.startswith("@"):
         text = read_text(text[1:])
     words = text.replace(",", " ").split()
-    if not words or not all(word.isdecimal() for word in words):
+    if not words or not all(word.isdecimal() and len(word) < 10 for word in words):
         raise RequestError(f"--tokens: expected ids such as 1,2,3 or @FILE, found {text[:60]!r}")
     return [int(word) for word in words]
 
@@ -103,6 +140,22 @@ def read_text(path: str) -> str:
         raise RequestError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+
+
+def number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """For argparse's ``type``: a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, found {text[:40]!r}") from None
+        if value < least or (most is not None and value > most):
+            accepted = f"at least {least}" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {accepted}")
+        return value
+
+    return parse
 
 
 class _Model(argparse.Action):
@@ -136,7 +189,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("-p", "--prompt", help="text to continue")
     group.add_argument("-f", "--file", help="read the prompt from a file")
-    parser.add_argument("-n", "--predict", "--n-predict", type=int, default=-1, help="tokens; -1 until it ends")
+    parser.add_argument("-n", "--predict", "--n-predict", type=number(-1), default=-1, help="tokens; -1 until it ends")
     parser.add_argument("-cnv", "--conversation", action="store_true", help="send the prompt as a chat message")
     parser.add_argument("-sys", "--system-prompt", help="system message, with -cnv")
 

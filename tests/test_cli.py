@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from moe_cupy.cli import main as cupy_main
 from moe_ref.__main__ import main as ref_main
 from moe_ref.gguf import open_gguf
 from moe_ref.quants import dequantize
+from tests import models
+from tests.gguf_writer import write_gguf
 from tests.models import Shape, tiny_moe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,14 +51,15 @@ def test_inspect_says_what_the_file_is(capsys):
     assert "can be run here" in capsys.readouterr().out
 
 
-def test_inspect_works_for_files_that_cannot_be_run_and_says_why(capsys, shared):
-    golden = shared / "data" / "golden"
-    for name, words in (
-        ("archs/gemma4moe.BF16.gguf", "general.architecture: 'gemma4' is not supported"),
-        ("vocab/ggml-vocab-gpt-2.gguf", "token_embd.weight: missing"),
+def test_inspect_works_for_files_that_cannot_be_run_and_says_why(capsys, tmp_path):
+    whole = models.tensors(Shape(), seed=0)
+    for metadata, tensors, words in (
+        ({"general.architecture": "rwkv7"}, whole, "'rwkv7' is not supported"),
+        (models.metadata(Shape()), {}, "token_embd.weight: missing"),
     ):
-        assert ref_main(["inspect", str(golden / name), "--json"]) == 0
-        assert any(words in reason for reason in last_json(capsys)["unsupported"]), name
+        write_gguf(tmp_path / "m.gguf", metadata, tensors)
+        assert ref_main(["inspect", str(tmp_path / "m.gguf"), "--json"]) == 0
+        assert any(words in reason for reason in last_json(capsys)["unsupported"]), words
 
 
 @pytest.mark.parametrize("main", [ref_main, cupy_main], ids=["moe_ref", "moe_cupy"])
@@ -158,7 +162,13 @@ WRONG_REQUESTS = [
     (["run", "-m", "{tiny}", "-p", "x", "--cache", "slots:1"], "smallest that works is slots:2"),
     (["run", "-m", "{tiny}", "-p", "x", "--cache", "many"], "--cache 'many'"),
     (["run", "-m", "{tiny}", "-p", "x"], "tokenizer.ggml.model"),
-    (["run", "-m", MODEL, "-p", ""], "prompt"),
+    (["run", "-m", MODEL, "-p", ""], "prompt has 0 tokens"),
+    (["run", "-m", MODEL, "-p", "\udcff"], "-p: character 0 is not utf-8 text"),
+    (["run", "-m", MODEL, "-p", "one two three four five", "-c", "4"], "the context holds 1..4"),
+    (["logits", "-m", MODEL, "--tokens", "1,9999999999", "-o", "{tmp}/o.npz"], "--tokens: expected ids"),
+    (["logits", "-m", MODEL, "--tokens", "1", "-o", ""], "no file to write"),
+    (["check", "-m", "{tiny}", "--n-tokens", "129"], "the context holds 128"),
+    (["doctor", "--folder", "{tmp}/absent"], "no such folder"),
     (["run", "-m", MODEL, "-p", "x", "-ctk", "q9"], "supported: f32, f16"),
     (["run", "-m", MODEL, "-p", "x", "--temp", "nan"], "temp"),
     (["run", "-m", MODEL, "-p", "x", "-t", "0"], "threads"),
@@ -187,7 +197,32 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(flags, words, tiny, tmp_pat
     assert last.startswith("error: ")
     assert words.format(**fill) in last
     assert "Traceback" not in captured.err
+    assert captured.out == ""
     assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["run", "-m", MODEL, "-p", "x", "-n", "-2"], "-n/--predict/--n-predict: -2: expected at least -1"),
+        (["run", "-m", MODEL, "-p", "x", "--reads", "1000"], "--reads: 1000: expected 1 to 256"),
+        (["check", "-m", MODEL, "--n-tokens", "0"], "--n-tokens: 0: expected at least 1"),
+        (["bench", "-m", MODEL, "-p", "4,-4"], "-p/--n-prompt: -4: expected at least 0"),
+        (["bench", "-m", MODEL, "-n", "a"], "expected a whole number, found 'a'"),
+        (["run", "-m", MODEL, "-p", "x", "--device", "tpu"], "'tpu'"),
+    ],
+)
+def test_a_flag_out_of_bounds_is_refused_by_name(flags, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cupy_main(flags)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_context_longer_than_the_model_was_made_for_is_told(capsys):
+    for ctx, told in (("256", False), ("300", True)):
+        assert cupy_main(["run", "-m", MODEL, "-p", "The", "-n", "1", "-c", ctx]) == 0
+        assert ("made for 256 tokens" in capsys.readouterr().err) is told
 
 
 def test_a_full_disk_leaves_no_half_written_file_and_keeps_the_old_one(tiny, tmp_path, monkeypatch, capsys):
@@ -204,10 +239,45 @@ def test_a_full_disk_leaves_no_half_written_file_and_keeps_the_old_one(tiny, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.npz", "tiny.gguf"]
 
 
+def test_what_is_no_file_is_written_to_and_not_replaced(tiny, tmp_path):
+    """Root's `-o /dev/null` must not make a file of the device; a pipe is the same case without the danger."""
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    assert ref_main(["logits", tiny, "--tokens", "1,2", "-o", str(pipe)]) == 0
+    reader.join(10)
+    assert pipe.is_fifo()
+    (tmp_path / "o.npz").write_bytes(got[0])
+    assert np.load(tmp_path / "o.npz")["tokens"].tolist() == [1, 2]
+
+
+def test_a_link_keeps_its_place_and_its_target_is_written(tiny, tmp_path):
+    link, target = tmp_path / "link.npz", tmp_path / "target.npz"
+    link.symlink_to(target)
+    for _ in range(2):  # dangling, then not
+        assert ref_main(["logits", tiny, "--tokens", "1,2", "-o", str(link)]) == 0
+        assert link.is_symlink()
+        assert np.load(target)["tokens"].tolist() == [1, 2]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("command", ["moe_ref inspect MODEL", "moe_cupy run MODEL -p The -n 3"])
+def test_a_full_disk_behind_standard_output_is_one_line_and_exit_code_1(command):
+    words = [sys.executable, "-m", *(MODEL if word == "MODEL" else word for word in command.split())]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.rstrip("\n").rsplit("\n", 1)[-1] == "error: [Errno 28] No space left on device"
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
 def test_interrupting_a_run_ends_it_within_a_second_without_a_traceback():
     flags = ["-m", MODEL, "-p", "The", "-n", "-1", "-c", "4096", "--temp", "1"]
     command = [sys.executable, "-m", "moe_cupy", "run", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A shell starts background jobs with interrupts ignored, and children inherit that: `make test &` would hang here.
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(20)  # text has begun
     process.send_signal(signal.SIGINT)

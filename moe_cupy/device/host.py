@@ -17,6 +17,7 @@ from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.table import OPS
 
 SPLIT_WORK = 1 << 17  # multiply-adds below which a second thread costs more than it brings (about 30 us)
+CALL_WORK = 1 << 28  # multiply-adds in one call at most (about 0.1 s), so that an interrupt is heard in between
 
 
 def usable_cores() -> int:
@@ -29,17 +30,25 @@ class RowSplitter:
 
     def __init__(self, threads: int):
         self.threads = threads
+        self.cancelled = False  # while set, what is left of a range is skipped: its result will not be used
         self._pool = ThreadPoolExecutor(threads - 1, "kernel") if threads > 1 else None
 
     def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None:
         """kernel(*args, first, last) over 0..rows, in one piece if the work is small."""
+        def piece(first: int, last: int) -> None:
+            while first < last and not self.cancelled:
+                until = min(last, first + step)
+                kernel(*args, first, until)
+                first = until
+
+        step = max(1, CALL_WORK // max(1, work_per_row))
         pieces = min(self.threads, rows * work_per_row // SPLIT_WORK + 1, rows)
         if self._pool is None or pieces <= 1:
-            kernel(*args, 0, rows)
+            piece(0, rows)
             return
         cuts = [rows * i // pieces for i in range(pieces + 1)]
-        others = [self._pool.submit(kernel, *args, a, b) for a, b in zip(cuts[1:-1], cuts[2:], strict=True)]
-        kernel(*args, 0, cuts[1])
+        others = [self._pool.submit(piece, a, b) for a, b in zip(cuts[1:-1], cuts[2:], strict=True)]
+        piece(0, cuts[1])
         for other in others:
             other.result()
 
@@ -103,12 +112,14 @@ class HostDevice:
             end.synchronize()
 
     def recover(self) -> None:
+        self.split.cancelled = True
         for stream in self._streams.values():
             stream.record().block()
         for workers in self._queues:
             workers.drain()
         for stream in self._streams.values():
             stream.clear()
+        self.split.cancelled = False
 
     def close(self) -> None:
         for workers in self._queues:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_cupy.device.host import HostDevice
+from moe_cupy.device import host
+from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.device.threads import ThreadEvent
 
 LONG = 20.0  # seconds that nothing here takes unless it hangs
@@ -331,6 +332,38 @@ def test_recover_waits_until_all_is_idle_and_makes_the_device_usable(device):
     device.copy_async(out, np.ones(1), other)
     within(LONG, device.synchronize)
     assert out[0] == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("call_work", [1, 700, 1 << 40])
+def test_long_kernels_are_called_in_bounded_pieces_that_cover_each_row_once(threads, call_work, monkeypatch):
+    monkeypatch.setattr(host, "SPLIT_WORK", 1)
+    monkeypatch.setattr(host, "CALL_WORK", call_work)
+    split, calls = RowSplitter(threads), []
+    split(lambda first, last: calls.append((first, last)), 50, 100)
+    split.close()
+    assert sorted(row for first, last in calls for row in range(first, last)) == list(range(50))
+    assert max(last - first for first, last in calls) <= max(1, call_work // 100)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_recover_does_not_wait_for_the_rest_of_a_long_kernel(threads, monkeypatch):
+    monkeypatch.setattr(host, "SPLIT_WORK", 1)
+    monkeypatch.setattr(host, "CALL_WORK", 1)
+    device, begun, calls = HostDevice(threads), threading.Event(), []
+
+    def kernel(first: int, last: int) -> None:
+        calls.append(first)
+        begun.set()
+        time.sleep(TICK)
+
+    device.stream("s").run(lambda: device.split(kernel, 10_000, 1))
+    begun.wait(LONG)
+    within(1.0, device.recover)
+    assert len(calls) < 100 * threads
+    device.split(lambda first, last: calls.append(-1), 1, 1)
+    assert calls[-1] == -1, "what is launched after recovery runs"
+    device.close()
 
 
 @pytest.mark.parametrize("count", [1, 3])
