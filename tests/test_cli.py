@@ -243,7 +243,7 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tiny, tmp_path):
     """Root's `-o /dev/null` must not make a file of the device; a pipe is the same case without the danger."""
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
     reader.start()
     assert ref_main(["logits", tiny, "--tokens", "1,2", "-o", str(pipe)]) == 0
     reader.join(10)
@@ -262,11 +262,14 @@ def test_a_link_keeps_its_place_and_its_target_is_written(tiny, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
-@pytest.mark.parametrize("command", ["moe_ref inspect MODEL", "moe_cupy run MODEL -p The -n 3"])
+@pytest.mark.parametrize(
+    "command", ["moe_ref inspect MODEL", "moe_ref tokenize MODEL -p x", "moe_cupy run MODEL -p The -n 3"]
+)
 def test_a_full_disk_behind_standard_output_is_one_line_and_exit_code_1(command):
     words = [sys.executable, "-m", *(MODEL if word == "MODEL" else word for word in command.split())]
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        env = {**os.environ, "PYTHONUNBUFFERED": ""}  # short outputs wait in a buffer: the case to test
+        done = subprocess.run(words, cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.rstrip("\n").rsplit("\n", 1)[-1] == "error: [Errno 28] No space left on device"
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
