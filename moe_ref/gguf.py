@@ -111,6 +111,8 @@ class GGUFArray(Sequence[Any]):
 class GGUFFile:
     """An open GGUF file; close it, or use it as a context manager. Reads are safe from several threads."""
 
+    is_whole = False  # whether a file that says it is one part of several stands for all of them
+
     def __init__(self, source: Source, version: int, metadata: dict[str, Any]):
         self.path, self.version, self.metadata = source.path, version, metadata
         self.alignment: int = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)

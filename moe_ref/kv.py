@@ -1,31 +1,68 @@
-"""The key/value cache: what earlier tokens left behind for attention."""
+"""The cache: what earlier tokens left behind, layer by layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
+from moe_ref.layers import Layer
 
-class KVCache:
-    """Keys and values of every layer for positions 0..length-1.
+Kept = tuple[np.ndarray, np.ndarray, np.ndarray]  # keys [S, G, K], values [S, G, V], their positions [S]
+
+
+class KV:
+    """Keys and values of one layer; a layer with a window keeps only what a later token can still see.
 
     Arrays grow by doubling, so memory follows the tokens seen, not the context the header promises.
     """
 
-    def __init__(self, block_count: int, head_count_kv: int, key_length: int, value_length: int, dtype=np.float32):
-        self.length = 0
-        self._k = [np.empty((0, head_count_kv, key_length), dtype) for _ in range(block_count)]
-        self._v = [np.empty((0, head_count_kv, value_length), dtype) for _ in range(block_count)]
+    def __init__(self, window: int = 0, chunked: bool = False):
+        self.window, self.chunked = window, chunked
+        self.first = 0  # position of the first row kept
+        self._arrays: list[np.ndarray] = []
 
-    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Store k [T, G, K] and v [T, G, V] of one layer at ``length``; return all of it, [S, G, K] and [S, G, V]."""
-        end = self.length + len(k)
-        for store, new in ((self._k, k), (self._v, v)):
-            if end > len(store[layer]):
-                grown = np.empty((max(end, 2 * len(store[layer])), *new.shape[1:]), store[layer].dtype)
-                grown[: self.length] = store[layer][: self.length]
-                store[layer] = grown
-            store[layer][self.length : end] = new
-        return self._k[layer][:end], self._v[layer][:end]
+    def append(self, k: np.ndarray, v: np.ndarray, position: int) -> Kept:
+        """Store k [T, G, K] and v [T, G, V] at ``position``..; return all that the new tokens may see."""
+        self._forget_before(position)
+        if not self._arrays:
+            self._arrays = [np.empty((0, *new.shape[1:]), new.dtype) for new in (k, v)]
+        start, end = position - self.first, position - self.first + len(k)
+        for i, new in enumerate((k, v)):
+            if end > len(self._arrays[i]):
+                grown = np.empty((max(end, 2 * len(self._arrays[i])), *new.shape[1:]), new.dtype)
+                grown[:start] = self._arrays[i][:start]
+                self._arrays[i] = grown
+            self._arrays[i][start:end] = new
+        keys, values = self._arrays
+        return keys[:end], values[:end], self.first + np.arange(end)
+
+    def as_query(self, q: np.ndarray) -> np.ndarray:
+        """What queries [T, H, K] are when they meet these keys."""
+        return q
+
+    def as_mixed(self, mixed: np.ndarray) -> np.ndarray:
+        """What the mixed values [T, H, V] are when they leave."""
+        return mixed
+
+    def _forget_before(self, position: int) -> None:
+        """Drop what neither the token at ``position`` nor a later one sees."""
+        if not self.window or not self._arrays:
+            return
+        oldest = position // self.window * self.window if self.chunked else position - self.window + 1
+        if oldest > self.first:
+            self._arrays = [a[oldest - self.first : position - self.first].copy() for a in self._arrays]
+            self.first = oldest
+
+
+class Cache:
+    """One sequence: its length, and for each layer its keys and values or, in a recurrent layer, its state."""
+
+    def __init__(self, layers: Sequence[Layer], make: Callable[[Layer], KV] | None = None):
+        self.length = 0
+        make = make or (lambda layer: KV(layer.window, layer.chunked))
+        self.kv = [make(layer) for layer in layers]
+        self.state: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # recurrent layer -> last inputs, matrix
 
     def advance(self, n_tokens: int) -> None:
         """Move on after all layers have stored their part of ``n_tokens`` tokens."""

@@ -1,82 +1,241 @@
-"""Which tensors a model of some configuration must have, and of what shape: files are refused early."""
+"""Which tensors a model of some configuration has, and of what shape: files are refused early, by name.
+
+Some files hold several matrices in one tensor (attn_qkv, ffn_gate_up_exps): ``views`` gives each matrix its usual
+name, so that the model never knows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import dataclass
+
 from moe_ref.config import ConfigError, ModelConfig
-from moe_ref.gguf import GGUFFile
+from moe_ref.gguf import GGUFFile, TensorInfo
+from moe_ref.layers import Layer
 from moe_ref.quants import FORMATS, unsupported
 
-Shapes = dict[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]  # a name that ends in "?" may be missing
 
 
-def attention_shapes(c: ModelConfig, block: str) -> Shapes:
-    """Tensors of one layer's attention; ``block`` is "blk.N."."""
-    width = c.embedding_length
+@dataclass(frozen=True, slots=True)
+class View:
+    """Rows ``first``.. of a stored tensor (of each expert's matrix, if it holds several) under a name of their own."""
+
+    stored: TensorInfo
+    shape: Shape
+    first: int = 0
+
+
+# What each part of a layer has. ``block`` is "blk.N.", ``names`` the tensors there are.
+
+
+def gqa_shapes(c: ModelConfig, layer: Layer, block: str, names: Container[str]) -> Shapes:
+    """Grouped-query attention. Without a matrix of their own, gemma4's values are the keys before their norm."""
+    width, q = c.embedding_length, c.quirks
+    rows_q, rows_k = layer.head_count * layer.key_length, layer.head_count_kv * layer.key_length
     shapes: Shapes = {
-        block + "attn_norm.weight": (width,),
-        block + "attn_q.weight": (c.head_count * c.key_length, width),
-        block + "attn_k.weight": (c.head_count_kv * c.key_length, width),
-        block + "attn_v.weight": (c.head_count_kv * c.value_length, width),
-        block + "attn_output.weight": (width, c.head_count * c.value_length),
+        block + "attn_q.weight": (rows_q * (2 if q.output_gate else 1), width),
+        block + "attn_k.weight": (rows_k, width),
+        block + "attn_v.weight" + "?" * q.value_norm: (layer.head_count_kv * layer.value_length, width),
+        block + "attn_output.weight": (width, layer.head_count * layer.value_length),
     }
-    if c.quirks.qk_norm == "head":
-        shapes[block + "attn_q_norm.weight"] = shapes[block + "attn_k_norm.weight"] = (c.key_length,)
+    if q.qk_norm in ("head", "row"):
+        end, whole = ".weight" + "?" * q.qk_norm_optional, q.qk_norm == "row"
+        shapes[block + "attn_q_norm" + end] = (rows_q if whole else layer.key_length,)
+        shapes[block + "attn_k_norm" + end] = (rows_k if whole else layer.key_length,)
+    if q.sinks:
+        shapes[block + "attn_sinks.weight"] = (layer.head_count,)
     return shapes
 
 
-def ffn_shapes(c: ModelConfig, block: str, inner: int) -> Shapes:
-    """Tensors of one layer's feed-forward network of inner width ``inner``, dense or routed."""
-    width, experts = c.embedding_length, (c.expert_count,) if c.quirks.moe else ()
-    kind = "_exps" if c.quirks.moe else ""
+def mla_shapes(c: ModelConfig, layer: Layer, block: str, names: Container[str]) -> Shapes:
+    """Multi-head latent attention; old files hold ``attn_kv_b`` where new ones hold ``attn_k_b`` and ``attn_v_b``."""
+    assert c.mla is not None and layer.rope is not None
+    width, rank, q_rank, heads = c.embedding_length, c.mla.kv_lora_rank, c.mla.q_lora_rank, layer.head_count
+    plain = layer.key_length - layer.rope.n_rot
     shapes: Shapes = {
-        block + "ffn_norm.weight": (width,),
+        block + "attn_kv_a_mqa.weight": (rank + layer.rope.n_rot, width),
+        block + "attn_kv_a_norm.weight": (rank,),
+        block + "attn_output.weight": (width, heads * layer.value_length),
+    }
+    if q_rank and block + "attn_q.weight" not in names:
+        shapes[block + "attn_q_a.weight"] = (q_rank, width)
+        shapes[block + "attn_q_a_norm.weight"] = (q_rank,)
+        shapes[block + "attn_q_b.weight"] = (heads * layer.key_length, q_rank)
+    else:
+        shapes[block + "attn_q.weight"] = (heads * layer.key_length, width)
+    if block + "attn_kv_b.weight" in names:
+        shapes[block + "attn_kv_b.weight"] = (heads * (plain + layer.value_length), rank)
+    else:
+        shapes[block + "attn_k_b.weight"] = (heads, rank, plain)
+        shapes[block + "attn_v_b.weight"] = (heads, layer.value_length, rank)
+    return shapes
+
+
+def delta_shapes(c: ModelConfig, layer: Layer, block: str, names: Container[str]) -> Shapes:
+    """A gated delta net; qwen3next interleaves alpha and beta (ssm_ba), and in old files q, k, v and z (ssm_in)."""
+    assert c.delta is not None
+    d, width = c.delta, c.embedding_length
+    channels, heads = 2 * d.key_width + d.value_width, d.time_step_rank
+    shapes: Shapes = {
+        block + "ssm_conv1d.weight": (channels, d.conv_kernel),
+        block + "ssm_dt.bias": (heads,),
+        block + "ssm_a": (heads,),
+        block + "ssm_norm.weight": (d.state_size,),
+        block + "ssm_out.weight": (width, d.value_width),
+    }
+    if block + "ssm_in.weight" in names:
+        shapes[block + "ssm_in.weight"] = (channels + d.value_width, width)
+    else:
+        shapes[block + "attn_qkv.weight"] = (channels, width)
+        shapes[block + "attn_gate.weight"] = (d.value_width, width)
+    if c.quirks.recurrent == "repeat":
+        shapes[block + "ssm_ba.weight"] = (2 * heads, width)
+    else:
+        shapes[block + "ssm_alpha.weight"] = shapes[block + "ssm_beta.weight"] = (heads, width)
+    return shapes
+
+
+def network_shapes(c: ModelConfig, block: str, kind: str, inner: int, experts: tuple[int, ...] = ()) -> Shapes:
+    """A gated feed-forward network of inner width ``inner``; ``kind`` is "", "_exps" or "_shexp"."""
+    width = c.embedding_length
+    return {
         block + f"ffn_gate{kind}.weight": (*experts, inner, width),
         block + f"ffn_up{kind}.weight": (*experts, inner, width),
         block + f"ffn_down{kind}.weight": (*experts, width, inner),
     }
-    if c.quirks.moe:
-        shapes[block + "ffn_gate_inp.weight"] = (c.expert_count, width)
+
+
+def ffn_shapes(c: ModelConfig, layer: Layer, block: str, file: GGUFFile) -> Shapes:
+    """The feed-forward part of a layer: a dense network, or a router, experts and what stands beside them."""
+    if not layer.is_moe:
+        return network_shapes(c, block, "", inner_width(file, block + "ffn_up"))
+    shapes: Shapes = {
+        block + "ffn_gate_inp.weight": (c.expert_count, c.embedding_length),
+        block + "exp_probs_b.bias?": (c.expert_count,),
+        **network_shapes(c, block, "_exps", inner_width(file, block + "ffn_down_exps", -1), (c.expert_count,)),
+    }
+    if c.shared:
+        shapes |= network_shapes(c, block, "_shexp", inner_width(file, block + "ffn_up_shexp"))
+    if c.quirks.shared_gate:
+        shapes[block + "ffn_gate_inp_shexp.weight"] = (1, c.embedding_length)
+    if c.quirks.dense_beside:
+        shapes |= network_shapes(c, block, "", inner_width(file, block + "ffn_up"))
+        shapes |= dict.fromkeys((block + f"{name}.weight" for name in BESIDE_NORMS), (c.embedding_length,))
+        shapes[block + "ffn_gate_inp.scale"] = (c.embedding_length,)
     return shapes
 
 
-def inner_width(c: ModelConfig, file: GGUFFile, block: str) -> int:
-    """Inner width F of a layer's FFN, read off its gate tensor (files disagree on which key holds it)."""
-    name = block + ("ffn_gate_exps.weight" if c.quirks.moe else "ffn_gate.weight")
-    if name not in file.tensors or len(file.tensors[name].shape) < 2:
-        raise ConfigError(f"{name}: missing from {file.path}, or not a matrix")
-    return file.tensors[name].shape[-2]
+BESIDE_NORMS = ("post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2")
+MIXER_SHAPES = {"gqa": gqa_shapes, "mla": mla_shapes, "delta": delta_shapes}
+
+
+def layer_shapes(c: ModelConfig, layer: Layer, file: GGUFFile) -> Shapes:
+    """All tensors of one layer; any matrix may have a bias and a scale for its result."""
+    block = f"blk.{layer.index}."
+    norms = ["attn_norm", c.quirks.ffn_norm]
+    if c.quirks.post_norms:
+        norms += ["post_attention_norm", "post_ffw_norm"]
+    shapes: Shapes = dict.fromkeys((block + f"{name}.weight" for name in norms), (c.embedding_length,))
+    shapes |= MIXER_SHAPES[layer.mixer](c, layer, block, file.tensors) | ffn_shapes(c, layer, block, file)
+    shapes[block + "layer_output_scale.weight?"] = (1,)
+    return _with_biases(shapes) | shapes
+
+
+def _with_biases(shapes: Shapes) -> Shapes:
+    extra: Shapes = {}
+    for name, shape in shapes.items():
+        stem = name.removesuffix("?").removesuffix(".weight")
+        if len(shape) > 1:
+            extra[stem + ".scale?"] = shape[:-2] or (1,)
+        extra[stem + ".bias?"] = shape if len(shape) == 1 else shape[:-1]
+    return {name: shape for name, shape in extra.items() if name[:-1] not in shapes}
+
+
+def inner_width(file: GGUFFile, stem: str, axis: int = -2) -> int:
+    """Inner width F of a feed-forward network, read off its matrix (files disagree on which key holds it)."""
+    info = file.tensors.get(stem + ".weight")
+    if info is None or len(info.shape) < 2:
+        raise ConfigError(f"{stem}.weight: missing from {file.path}, or not a matrix")
+    return info.shape[axis]
 
 
 def expected_shapes(c: ModelConfig, file: GGUFFile) -> Shapes:
-    """Every tensor this model needs; ``output.weight`` only if the file has one (otherwise it is tied)."""
-    shapes: Shapes = {
-        "token_embd.weight": (c.vocab_size, c.embedding_length),
-        "output_norm.weight": (c.embedding_length,),
-    }
-    if "output.weight" in file.tensors:
-        shapes["output.weight"] = (c.vocab_size, c.embedding_length)
-    for layer in range(c.block_count):
-        block = f"blk.{layer}."
-        shapes |= attention_shapes(c, block) | ffn_shapes(c, block, inner_width(c, file, block))
+    """Every tensor this model may have; without ``output.weight`` the embedding matrix is the output head too."""
+    width = c.embedding_length
+    shapes: Shapes = {"token_embd.weight": (c.vocab_size, width), "output_norm.weight": (width,)}
+    shapes |= {"output_norm.bias?": (width,), "output.weight?": (c.vocab_size, width), "output.bias?": (c.vocab_size,)}
+    full = next((layer.rope for layer in c.layers if layer.rope and not layer.window), c.layers[0].rope)
+    if full is not None:
+        shapes |= {name + "?": (full.n_rot // 2,) for name in c.quirks.rope_factors}
+    for layer in c.layers:
+        shapes |= layer_shapes(c, layer, file)
     return shapes
 
 
-def check_tensors(c: ModelConfig, file: GGUFFile) -> None:
-    """Raise ConfigError or FormatError for the first tensor that is missing, misshapen, or of an unknown type."""
-    if c.block_count > len(file.tensors):
-        raise ConfigError(f"{c.architecture}.block_count: {c.block_count} layers, but only {len(file.tensors)} tensors")
+# Matrices stored together
+
+
+def fused_shapes(shapes: Shapes, names: Container[str]) -> dict[str, tuple[str, ...]]:
+    """Stored tensor -> the names of its parts in order, for all that this file stores together."""
+    fused = {}
+    for name in shapes:
+        stem, dot, end = name.removesuffix("?").partition(".attn_k.")
+        whole = f"{stem}.attn_qkv.{end}"
+        if dot and whole in names and f"{stem}.attn_q.{end}" not in names:
+            fused[whole] = tuple(f"{stem}.attn_{part}.{end}" for part in "qkv")
+        stem, dot, end = name.removesuffix("?").partition(".ffn_gate_exps.")
+        whole = f"{stem}.ffn_gate_up_exps.{end}"
+        if dot and end == "weight" and whole in names:
+            fused[whole] = (f"{stem}.ffn_gate_exps.{end}", f"{stem}.ffn_up_exps.{end}")
+    return fused
+
+
+def views(shapes: Shapes, file: GGUFFile) -> dict[str, View]:
+    """Every tensor of the file that ``shapes`` names, and the parts of those that hold several."""
+    found = {name: View(info, info.shape) for name, info in file.tensors.items()}
+    for whole, parts in fused_shapes(shapes, file.tensors).items():
+        info, first = found.pop(whole).stored, 0
+        axis = max(0, len(info.shape) - 2)
+        for part in parts:
+            shape = shapes[part] if part in shapes else shapes[part + "?"]
+            found[part] = View(info, shape, first)
+            first += shape[axis]
+        if info.shape != (*info.shape[:axis], first, *shape[axis + 1 :]):
+            raise ConfigError(f"{whole}: shape {list(info.shape)}, but its parts {', '.join(parts)} have {first} rows")
+    return found
+
+
+def check_tensors(c: ModelConfig, file: GGUFFile) -> dict[str, View]:
+    """The tensors of a model by name.
+
+    Raises ConfigError or FormatError for the first that is missing, misshapen, of an unknown type, or of no use.
+    """
     shapes = expected_shapes(c, file)
-    for name, shape in shapes.items():
-        info = file.tensors.get(name)
-        if info is None:
+    found = views(shapes, file)
+    for marked, shape in shapes.items():
+        name = marked.removesuffix("?")
+        view = found.get(name)
+        if view is None and name == marked:
             raise ConfigError(f"{name}: missing from {file.path}")
-        if info.shape != shape:
-            raise ConfigError(f"{name}: shape {list(info.shape)}, but the metadata says {list(shape)}")
-        if info.type not in FORMATS:
-            raise unsupported(name, info.type)
-    for name in file.tensors:
-        if name not in shapes:
+        if view is None:
+            continue
+        if view.shape != shape and not (name.endswith("shexp.weight") and view.shape == shape[1:]):
+            raise ConfigError(f"{name}: shape {list(view.shape)}, but the metadata says {list(shape)}")
+        if view.stored.type not in FORMATS:
+            raise unsupported(name, view.stored.type)
+    for name in found:
+        if name not in shapes and name + "?" not in shapes and not _predicts_further(c, name):
             raise ConfigError(f"{name}: {c.architecture} has no use for this tensor; leaving it out would be a guess")
+    return found
+
+
+def _predicts_further(c: ModelConfig, name: str) -> bool:
+    """Whether a tensor belongs to a layer behind the trunk, which predicts tokens after the next (nextn, MTP)."""
+    number = name.removeprefix("blk.").partition(".")[0]
+    behind = name.startswith("blk.") and number.isdecimal() and int(number) >= c.block_count
+    return behind and int(number) < c.block_count + c.nextn_predict_layers
 
 
 def vocab_rows(file: GGUFFile) -> int:
@@ -84,8 +243,9 @@ def vocab_rows(file: GGUFFile) -> int:
 
     Raises ConfigError for one part of a split file, which has it or not by chance.
     """
-    if file.get("split.count", 1) not in (0, 1):
-        raise ConfigError("split.count: this is one part of a split GGUF; merge it first (llama-gguf-split --merge)")
+    if file.get("split.count", 1) not in (0, 1) and not file.is_whole:
+        raise ConfigError("split.count: this is one part of a split GGUF; open its first part, or merge it "
+                          "(llama-gguf-split --merge)")  # fmt: skip
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
         raise ConfigError(f"token_embd.weight: missing from {file.path}, or not a matrix")

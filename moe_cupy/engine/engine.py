@@ -18,6 +18,7 @@ from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.placement import Placement, place_experts
 from moe_cupy.engine.stats import Stats
+from moe_cupy.engine.supported import check_runs
 from moe_cupy.engine.weights import check_formats, load_dense
 from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.config import load_config
@@ -76,7 +77,7 @@ class Engine:
         self.options = o = Options(**options)
         self.file = open_gguf(model)
         self.config = load_config(self.file.metadata, vocab_rows(self.file))
-        check_tensors(self.config, self.file)
+        check_runs(self.config, self.file, check_tensors(self.config, self.file))
         self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads)
         self._tokenizer: Tokenizer | None = None
         self._resources: list[Any] = [self.device, self.file]
@@ -197,7 +198,7 @@ class Engine:
         o, c = self.options, self.config
         self.weights = load_dense(self.device, self.file, c, o.progress)
         self.mover, reason = None, ""
-        if c.quirks.moe:
+        if c.is_moe:
             self.mover, reason = place_experts(
                 self.device, self.file, c, o.cache, o.policy, o.direct_io, o.reads_in_flight
             )

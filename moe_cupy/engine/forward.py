@@ -118,7 +118,7 @@ class Forward:
         self.device.launch(op, self.stream, **buffers)
 
     def _norm(self, x: Any, weight: Any, out: Any) -> None:
-        self._launch("rms_norm", x=x, weight=weight, epsilon=self.config.layer_norm_rms_epsilon, out=out)
+        self._launch("rms_norm", x=x, weight=weight, epsilon=self.config.norm_epsilon, out=out)
 
     def _head(self, x: Any) -> np.ndarray:
         w, n_vocab = self.weights, self.config.vocab_size
@@ -152,7 +152,7 @@ class Forward:
             "route",
             logits=b.router,
             scale=c.expert_weights_scale,
-            renormalise=c.quirks.renormalise,
+            renormalise=c.renormalise,
             ids=ids,
             weights=weights,
         )

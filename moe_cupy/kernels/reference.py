@@ -51,8 +51,10 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: f
 
 
 def route(logits: np.ndarray, scale: float, renormalise: bool, ids: np.ndarray, weights: np.ndarray) -> None:
-    quirks = SimpleNamespace(gating="softmax", renormalise=renormalise)
-    config: Any = SimpleNamespace(quirks=quirks, expert_used_count=ids.shape[1], expert_weights_scale=scale)
+    config: Any = SimpleNamespace(
+        gating="softmax", renormalise=renormalise, expert_used_count=ids.shape[1], expert_weights_scale=scale,
+        expert_group_count=1, quirks=SimpleNamespace(select_by="probability"),
+    )  # fmt: skip
     ids[...], weights[...] = ref_route(logits.astype(np.float64), config)
 
 

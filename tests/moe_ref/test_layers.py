@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_ref.attention import attend, softmax
+from moe_ref.attention import attend, softmax, visible
 from moe_ref.config import ModelConfig, load_config
 from moe_ref.experts import moe, silu, swiglu
-from moe_ref.kv import KVCache
+from moe_ref.kv import KV
 from moe_ref.norm import rms_norm
 from moe_ref.rope import apply_rope, rope_tables
 from moe_ref.routing import route, top_k
@@ -188,22 +188,55 @@ def test_a_later_position_never_changes_an_earlier_output(seed, shape, data):
 @few
 @given(SEEDS, st.lists(st.integers(1, 20), min_size=1, max_size=12))
 def test_kv_cache_returns_all_that_was_appended_and_grows_at_most_twofold(seed, sizes):
-    cache = KVCache(2, 3, 4, 5)
-    k, v = normal(seed, 2, sum(sizes), 3, 4), normal(seed + 1, 2, sum(sizes), 3, 5)
+    cache, end = KV(), 0
+    k, v = normal(seed, sum(sizes), 3, 4), normal(seed + 1, sum(sizes), 3, 5)
     for size in sizes:
-        start, end = cache.length, cache.length + size
-        for layer in range(2):
-            cache.append(layer, k[layer, start:end] * 0 + 7, v[layer, start:end])  # replaced: not yet advanced
-            keys, values = cache.append(layer, k[layer, start:end], v[layer, start:end])
-            assert np.array_equal(keys, k[layer, :end]) and np.array_equal(values, v[layer, :end]), (seed, sizes, end)
-            assert len(keys.base) <= 2 * end and len(values.base) <= 2 * end, (sizes, end, len(keys.base))
-        cache.advance(size)
-    assert cache.length == sum(sizes)
+        start, end = end, end + size
+        cache.append(k[start:end] * 0 + 7, v[start:end], start)  # replaced: the same positions again
+        keys, values, at = cache.append(k[start:end], v[start:end], start)
+        assert np.array_equal(keys, k[:end]) and np.array_equal(values, v[:end]), (seed, sizes, end)
+        assert np.array_equal(at, np.arange(end)), (sizes, end, at)
+        assert len(keys.base) <= 2 * end and len(values.base) <= 2 * end, (sizes, end, len(keys.base))
 
 
 def test_kv_cache_keeps_its_dtype():
-    keys, values = KVCache(1, 1, 2, 2, np.float64).append(0, normal(0, 3, 1, 2), normal(1, 3, 1, 2))
+    keys, values, _ = KV().append(normal(0, 3, 1, 2).astype(np.float64), normal(1, 3, 1, 2).astype(np.float64), 0)
     assert (keys.dtype, values.dtype) == (np.float64, np.float64)
+
+
+@few
+@given(SEEDS, st.lists(st.integers(1, 7), min_size=1, max_size=9), st.integers(1, 6), st.booleans())
+def test_a_windowed_cache_keeps_all_that_is_seen_and_little_more(seed, sizes, window, chunked):
+    cache, end = KV(window, chunked), 0
+    k = normal(seed, sum(sizes), 1, 2)
+    for size in sizes:
+        start, end = end, end + size
+        keys, values, at = cache.append(k[start:end], k[start:end], start)
+        context = f"seed {seed}, sizes {sizes}, window {window}, chunked {chunked}, at {start}"
+        assert np.array_equal(keys, k[at]) and np.array_equal(values, k[at]), context
+        everything = visible(np.arange(start, end), np.arange(end), window, chunked)
+        wanted = set(np.flatnonzero(everything.any(axis=0)))
+        assert wanted <= set(at) and len(at) <= window + size - 1, f"{context}: keeps {at}, seen {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("window", "chunked", "first"),
+    [
+        (0, False, [0, 0, 0, 0, 0, 0]),
+        (3, False, [0, 0, 0, 1, 2, 3]),
+        (3, True, [0, 0, 0, 3, 3, 3]),
+        (1, False, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_which_positions_a_query_sees_is_by_hand(window, chunked, first):
+    seen = visible(np.arange(6), np.arange(6), window, chunked)
+    assert [np.flatnonzero(row).tolist() for row in seen] == [list(range(f, t + 1)) for t, f in enumerate(first)]
+
+
+def test_a_sink_takes_its_share_and_carries_no_value():
+    """Scores 0 and ln 2 and a sink of ln 5: shares 1/8, 2/8, 5/8."""
+    q, k, v = np.float64([[[1.0]]]), np.log(np.float64([[[1]], [[2]]])), np.float64([[[8]], [[16]]])
+    assert attend(q, k, v, 1.0, sinks=np.log([5.0]))[0, 0, 0] == pytest.approx(1 + 4, abs=1e-14)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -215,7 +248,7 @@ def routing(experts: int, used: int, scale: float = 1.0, renormalise: bool = Tru
     keys = dict.fromkeys(names, 1) | {"attention.key_length": 2, "expert_weights_scale": scale}
     keys |= {"expert_count": experts, "expert_used_count": used}
     c = load_config({f"qwen3moe.{k}": v for k, v in keys.items()} | {"general.architecture": "qwen3moe"}, 1)
-    return replace(c, quirks=replace(c.quirks, renormalise=renormalise))
+    return replace(c, renormalise=renormalise)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
@@ -274,7 +307,7 @@ def test_experts_that_multiply_by_their_number_give_hand_computed_sums():
     ids = np.array([[0, 3], [3, 1], [1, 0]])
     weights = np.float32([[0.5, 0.25], [1, 0], [0.25, 0.75]])
     fetched = []
-    got = moe(x, ids, weights, lambda e: fetched.append(e) or counting_expert(2, e))
+    got = moe(x, ids, weights, lambda e, x: fetched.append(e) or swiglu(x, counting_expert(2, e)))
     # token 0: 1/2 x 1 + 1/4 x 4 = 1.5; token 1: 1 x 4 = 4; token 2: 1/4 x 2 + 3/4 x 1 = 1.25; times x squared
     assert got.dtype == np.float32 and got.tolist() == [[1.5, 6.0], [36.0, 4.0], [5.0, 5.0]]
     assert sorted(fetched) == [0, 1, 3], f"each chosen expert is fetched once and no other: {fetched}"
@@ -301,14 +334,18 @@ def test_grouped_experts_equal_one_token_at_a_time_and_float64(seed, tokens, exp
     shapes = [(inner, width), (inner, width), (width, inner)]
     bank = [tuple(normal(seed + 3 * e + i, *shape) for i, shape in enumerate(shapes)) for e in range(experts)]
     parts = [[exactly(x[t], bank[e]) for e in ids[t]] for t in range(tokens)]
+
+    def apply(e: int, x: np.ndarray) -> np.ndarray:
+        return swiglu(x, bank[e])
+
     expected, tolerance = (
         np.array([sum(float(w) * part[i] for w, part in zip(weights[t], parts[t], strict=True)) for t in range(tokens)])
         for i in range(2)
     )
     tolerance += (used + 1) * U * np.array([sum(np.abs(value) for value, _ in row) for row in parts])
     context = f"seed {seed}, T {tokens}, E {experts}, k {used}, D {width}, F {inner}"
-    within(moe(x, ids, weights, bank.__getitem__), expected, tolerance, context)
-    alone = [moe(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], bank.__getitem__) for t in range(tokens)]
+    within(moe(x, ids, weights, apply), expected, tolerance, context)
+    alone = [moe(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], apply) for t in range(tokens)]
     within(np.concatenate(alone), expected, tolerance, context)
 
 

@@ -16,8 +16,14 @@ from hypothesis import strategies as st
 from moe_ref.model import Model
 
 GOLDEN, ROOT = SHARED / "data/golden", Path(__file__).resolve().parents[2]
-ARCHS = {"qwen3moe": "archs/qwen3moe.BF16.gguf", "qwen3-dense": "archs/qwen3-dense.BF16.gguf"}
-QUANTS = {t: f"quants/qwen3moe-256.{t}.gguf" for t in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "Q4_0")}
+ARCHS = {name: f"archs/{name}.{kind}.gguf" for kind, names in {
+    "BF16": "qwen3moe qwen3-dense deepseek-v3 gemma4moe gpt-oss llama4 qwen3next",
+    "F16": "deepseek-v2-lite granitemoe mixtral qwen2moe", "F32": "llama-dense",
+}.items() for name in names.split()}  # fmt: skip
+QUANTS = {t: f"quants/qwen3moe-256.{t}.gguf" for t in (
+    "Q4_K_M Q5_K_M Q6_K Q8_0 Q4_0 Q5_0 Q2_K Q3_K_M IQ1_S IQ2_XXS IQ2_XS IQ3_XXS IQ4_NL IQ4_XS MXFP4_MOE TQ1_0"
+).split()}  # fmt: skip
+QUANTS["gpt-oss.MXFP4_MOE"] = "archs/gpt-oss.MXFP4_MOE.gguf"
 FILES = ARCHS | QUANTS
 TRAINED = {"q4_k_m": "moe-40m-Q4_K_M.gguf", "q8_0": "moe-40m-Q8_0.gguf"}
 
@@ -39,7 +45,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 def golden(name: str) -> tuple[Path, dict[str, np.ndarray], str]:
     """The model file, what llama.cpp says of it, and the suffix of the strict reference: "" or "_deq"."""
     path = found(GOLDEN / FILES[name])
-    npz = path.with_name(path.name.replace(".BF16.gguf", ".npz").replace(".gguf", ".npz"))
+    npz = path.with_name(f"{name}.npz" if name in ARCHS else path.name.replace(".gguf", ".npz"))
     return path, arrays(found(npz)), "_deq" if name in QUANTS else ""
 
 
@@ -112,7 +118,7 @@ def test_each_layer_and_each_route_equals_llama_cpp(name):
     model = Model(path)
     _, seen = observed(model, reference["tokens"])
     layers, c = range(model.config.block_count), model.config
-    routed = {f"mid/ffn_moe_topk-{n}" for n in layers if c.quirks.moe}
+    routed = {f"mid/ffn_moe_topk-{n}" for n in layers if c.layers[n].is_moe}
     assert {key for key in reference if key.startswith("mid/")} == routed | {f"mid/l_out-{n}" for n in layers}
     for n in layers:
         expected = reference[f"mid/l_out-{n}"]
@@ -120,9 +126,10 @@ def test_each_layer_and_each_route_equals_llama_cpp(name):
     for key in sorted(routed):
         wrong = np.argwhere(seen[key[4:]] != reference[key])
         assert not wrong.size, f"{name} {key}: first of {len(wrong)} other experts at [token, rank] {wrong[0]}"
-    for n in layers if c.quirks.moe else ():
-        weights = seen[f"ffn_moe_weights-{n}"]
-        close(weights.sum(-1), np.ones(len(weights)), 1e-6, f"{name}: weights of layer {n} add up to one")
+    for n in layers if c.is_moe and c.renormalise else ():
+        if c.layers[n].is_moe:
+            total = seen[f"ffn_moe_weights-{n}"].sum(-1)
+            close(total, np.full(len(total), c.expert_weights_scale), 1e-5, f"{name}: weights of layer {n} add up")
 
 
 @pytest.mark.parametrize("name", ARCHS)
