@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_ref.block import Block
 from moe_ref.kv import KV
-from moe_ref.kv_types import Kept
+from moe_ref.kv_types import FLOAT32, Kept
 from moe_ref.rope import Tables
 
 
@@ -41,7 +41,7 @@ def attend(
     scale: float,
     seen: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
-    kept: Kept = Kept(),
+    kept: Kept = FLOAT32,
 ) -> np.ndarray:
     """Attention of T queries over S positions; several query heads share a KV head.
 

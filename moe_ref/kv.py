@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_ref.kv_types import Kept
+from moe_ref.kv_types import FLOAT32, Kept
 from moe_ref.layers import Layer
 
 Seen = tuple[np.ndarray, np.ndarray, np.ndarray]  # keys [S, G, K], values [S, G, V], their positions [S]
@@ -19,7 +19,7 @@ class KV:
     what the types of ``kept`` can express, still as floats.
     """
 
-    def __init__(self, window: int = 0, chunked: bool = False, kept: Kept = Kept()):
+    def __init__(self, window: int = 0, chunked: bool = False, kept: Kept = FLOAT32):
         self.window, self.chunked, self.kept = window, chunked, kept
         self.first = 0  # position of the first row kept
         self._arrays: list[np.ndarray] = []

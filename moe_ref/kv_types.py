@@ -56,6 +56,9 @@ class Kept:
         return rotated(mixed, self.value_rotation)
 
 
+FLOAT32 = Kept()
+
+
 def rotated(x: np.ndarray, count: int) -> np.ndarray:
     """Each run of ``count`` numbers (a power of two) of x [..., n] times the orthonormal Walsh-Hadamard matrix."""
     if not count:

@@ -1,8 +1,8 @@
 """What llama.cpp's CPU kernels make of the numbers that meet a stored matrix, before they multiply.
 
 A dot product with quantized weights runs on small integers, so the other side is rounded to 8 bits first; one with
-half-precision weights rounds it to the same half precision. The sums themselves are exact or float32, so rounding the
-activations is all there is to it. Each function maps float32 [..., n] to float32 [..., n]: numbers its type can hold.
+half-precision weights rounds it to the same half precision. Each ``round_`` function maps float32 [..., n] to float32
+[..., n]: numbers its type can hold. (In what order products are then added: dots.py.)
 
 Source: ``type_traits_cpu`` (``ggml-cpu.c``) and ``quantize_row_*`` (``arch/x86/quants.c``, ``ggml-quants.c``) of
 ggml 0.25.3. Where ggml's portable code rounds halves away from zero, its x86 code rounds them to even; so does this.
@@ -50,18 +50,33 @@ def _largest(blocks: np.ndarray) -> np.ndarray:
     return np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
 
 
-def round_q8_0(x: np.ndarray) -> np.ndarray:
-    """Blocks of 32: -127..127 times a half-precision step."""
+Quantized = tuple[np.ndarray, np.ndarray]  # steps [B, 1] and whole numbers [B, n], as float32
+
+
+def quantize_q8_0(x: np.ndarray) -> Quantized:
+    """Blocks of 32: -127..127; the step is not yet rounded to half precision."""
     blocks = x.reshape(-1, 32)
     most = np.abs(blocks).max(axis=1, keepdims=True)  # [B, 1]
-    return (round_f16(most / np.float32(127)) * np.rint(blocks * _divided(127, most))).reshape(x.shape)
+    return most / np.float32(127), np.rint(blocks * _divided(127, most))
+
+
+def quantize_q8_k(x: np.ndarray) -> Quantized:
+    """Blocks of 256: -127..127 times a step whose sign makes the number of the largest magnitude -127."""
+    blocks = x.reshape(-1, 256)
+    steps_per_one = _divided(-127, _largest(blocks))  # [B, 1]
+    return _divided(1, steps_per_one), np.minimum(np.rint(blocks * steps_per_one), 127)
+
+
+def round_q8_0(x: np.ndarray) -> np.ndarray:
+    """Whole numbers times a half-precision step."""
+    step, q = quantize_q8_0(x)
+    return (round_f16(step) * q).reshape(x.shape)
 
 
 def round_q8_k(x: np.ndarray) -> np.ndarray:
-    """Blocks of 256: -127..127 times a float32 step whose sign makes the number of the largest magnitude -127."""
-    blocks = x.reshape(-1, 256)
-    steps_per_one = _divided(-127, _largest(blocks))  # [B, 1]
-    return (_divided(1, steps_per_one) * np.minimum(np.rint(blocks * steps_per_one), 127)).reshape(x.shape)
+    """Whole numbers times a float32 step."""
+    step, q = quantize_q8_k(x)
+    return (step * q).reshape(x.shape)
 
 
 def round_q4_0(x: np.ndarray) -> np.ndarray:
