@@ -15,7 +15,7 @@ from moe_ref.tensors import View
 
 DEFAULT_KEEP_BYTES = 1 << 30
 Key = tuple[str, int | None, bool]  # name, slice, whether in parts
-Decoder = Callable[[np.ndarray, str, tuple[int, ...]], Any]  # bytes, type, shape -> something that knows its nbytes
+Decoder = Callable[[np.ndarray, str, tuple[int, ...], str], Any]  # bytes, type, shape, name -> what knows its nbytes
 
 
 class Weights:
@@ -73,8 +73,8 @@ class Weights:
     def _decoded(self, name: str, index: int | None) -> np.ndarray:
         return self._once(name, index, self._plain)
 
-    def _plain(self, raw: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-        return dequantize(raw, kind, shape).astype(self.dtype, copy=False)
+    def _plain(self, raw: np.ndarray, kind: str, shape: tuple[int, ...], name: str) -> np.ndarray:
+        return dequantize(raw, kind, shape, name).astype(self.dtype, copy=False)
 
     def _once(self, name: str, index: int | None, decoder: Decoder, in_parts: bool = False) -> Any:
         """What ``decoder`` makes of a tensor or a slice of it, unless that is still there."""
@@ -84,7 +84,7 @@ class Weights:
             return self._kept[key]
         start, shape = self._place(name, index)
         nbytes = stored.nbytes * int(np.prod(shape, dtype=np.int64)) // int(np.prod(stored.shape, dtype=np.int64))
-        made = decoder(self.file.read(stored.name, start, nbytes), stored.type, shape)
+        made = decoder(self.file.read(stored.name, start, nbytes), stored.type, shape, name)
         self._keep(key, made)
         return made
 

@@ -10,7 +10,7 @@ Source: ``sgemm.cpp`` (tinyBLAS), ``arch/x86/repack.cpp``, ``tiled-kernel.cpp``,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ MOST_SUMS = 1 << 22
 NONE = np.empty((0, 0), np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
+class Matrix(NamedTuple):
     """A decoded matrix [out, in]; of an affine type (x = step * code - floor * low), its four parts."""
 
     kind: str
@@ -41,18 +40,18 @@ class Matrix:
         return sum(a.nbytes for a in (self.weights, self.steps, self.floors, self.lows))
 
 
-def decode(raw: np.ndarray, kind: str, shape: tuple[int, ...]) -> Matrix:
+def decode(raw: np.ndarray, kind: str, shape: tuple[int, ...], name: str = "tensor") -> Matrix:
     """uint8 [nbytes] -> the matrix of ``shape``; parts of an affine type come of decoding it with other scales."""
     shape = shape if len(shape) > 1 else (1, *shape)
     if kind not in AFFINE:
-        return Matrix(kind, dequantize(raw, kind, shape))
+        return Matrix(kind, dequantize(raw, kind, shape, name))
     block = raw.copy().view(AFFINE[kind])
     floor, sign = ("m", 1) if kind in ("Q4_1", "Q5_1") else ("dmin", -1)
     steps, floors = (block[name].astype(np.float32).reshape(shape[0], -1) for name in ("d", floor))
     block["d"], block[floor] = 1, 0
-    codes = dequantize(block.view(np.uint8), kind, shape)
+    codes = dequantize(block.view(np.uint8), kind, shape, name)
     block["d"], block[floor] = 0, sign
-    return Matrix(kind, codes, steps, floors, dequantize(block.view(np.uint8), kind, shape))
+    return Matrix(kind, codes, steps, floors, dequantize(block.view(np.uint8), kind, shape, name))
 
 
 def multiply(x: np.ndarray, matrix: Matrix, is_expert: bool) -> np.ndarray:
