@@ -1,10 +1,11 @@
 """moe_ref against the outside references, file by file: `make oracle` writes the table of docs/results.md.
 
-    python benchmarks/oracle.py [--golden ../shared/data/golden] [--engine] [--write docs/results.md]
+    python benchmarks/oracle.py [--golden FOLDER …] [--engine] [--write docs/results.md]
 
-Every GGUF under archs/ and quants/ is run in float32 and compared with llama.cpp's strict logits (its own on F32
-twins; ``logits_deq`` for quantized files), with 16 greedy tokens, with the residual stream and the routes of each
-layer, with 160 positions and the 8 tokens after them where given, and, for information, with transformers.
+Every GGUF under archs/ and quants/ of the reference sets (../shared/data/golden and tests/data) is run in float32 and
+compared with llama.cpp's strict logits (its own on F32 twins; ``logits_deq`` for quantized files), with 16 greedy
+tokens, with the residual stream and the routes of each layer, with 160 positions and the 8 tokens after them where
+given, and, for information, with transformers.
 Tolerance: 1e-3 * max(1, std of the logits). ``--engine`` runs the runtime on the host device at the minimum cache
 instead of the reference. Exit code 1 if a file that can be run disagrees or none can be run; files that cannot are
 listed with the reason, and are a failure of the reference.
@@ -23,7 +24,8 @@ import numpy as np
 
 from moe_ref.model import Model
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = [ROOT.parent / "shared" / "data" / "golden", ROOT / "tests" / "data"]
 COLUMNS = ("file", "architecture", "llama.cpp max Δ", "allowed", "transformers max Δ", "top-1 equal",
            "greedy-16 equal", "160 positions, max Δ and greedy-8", "layers and routes")  # fmt: skip
 BEGIN, END = "<!-- make oracle: begin -->", "<!-- make oracle: end -->"
@@ -135,14 +137,14 @@ def replace_table(page: Path, table: list[str]) -> None:
 def main() -> int:
     """Print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--golden", type=Path, default=GOLDEN)
+    parser.add_argument("--golden", type=Path, nargs="+", default=GOLDEN, metavar="FOLDER")
     parser.add_argument("--engine", action="store_true", help="run moe_cupy at the minimum cache")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the marks of this page")
     args = parser.parse_args()
-    paths = sorted(args.golden.glob("archs/*.gguf")) + sorted(args.golden.glob("quants/*.gguf"))
+    folders = [golden / kind for kind in ("archs", "quants") for golden in args.golden]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.gguf"))]
     if not paths:
-        print(f"{args.golden}: no reference files (archs/*.gguf, quants/*.gguf); name their folder with --golden",
-              file=sys.stderr)  # fmt: skip
+        print(f"no archs/*.gguf or quants/*.gguf in {', '.join(map(str, args.golden))}: give --golden", file=sys.stderr)
         return 2
     failed, refused, table = 0, [], [line(COLUMNS), "|---" * len(COLUMNS) + "|"]
     print(*table, sep="\n")
