@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moe_ref.quants import fp4, iq, iq4, k, legacy, plain, ternary
+from moe_ref.quants import fp4, iq, iq4, k, k_encode, legacy, plain, ternary
 from moe_ref.quants.types import BY_ID, BY_NAME, GGMLType
 
 __all__ = [
@@ -72,6 +72,14 @@ ENCODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q5_0": legacy.encode_q5_0,
     "Q5_1": legacy.encode_q5_1,
     "Q8_0": legacy.encode_q8_0,
+    "Q2_K": k_encode.encode_q2_k,
+    "Q3_K": k_encode.encode_q3_k,
+    "Q4_K": k_encode.encode_q4_k,
+    "Q5_K": k_encode.encode_q5_k,
+    "Q6_K": k_encode.encode_q6_k,
+    "Q8_K": k_encode.encode_q8_k,
+    "IQ4_NL": iq4.encode_iq4_nl,
+    "MXFP4": fp4.encode_mxfp4,
 }
 _CHUNK_ELEMENTS = 1 << 18  # encoded at a time: it bounds the memory, and what stays in the processor's cache is fast
 
