@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_ref.quants import dequantize
-from moe_ref.quants.activations import DOT_TYPES, quantize_q8_0, quantize_q8_k, round_f16, round_for
+from moe_ref.quants.activations import DOT_TYPES, quantize_q8_0, quantize_q8_k, round_for, round_half
 from moe_ref.quants.k import BLOCK_Q2_K, BLOCK_Q4_K, BLOCK_Q5_K
 from moe_ref.quants.legacy import BLOCK_Q4_1, BLOCK_Q5_1
 
@@ -93,7 +93,7 @@ def _with_minimums(x: np.ndarray, m: Matrix) -> np.ndarray:
     """Q4_1, Q5_1: the minimums meet the sums of the activations' blocks, which Q8_1 keeps in half precision."""
     scaled = (m.weights.reshape(*m.steps.shape, 32) * m.steps[..., None]).reshape(m.weights.shape)
     step, q = quantize_q8_0(x)
-    sums = round_f16(step * q.sum(axis=1, keepdims=True)).reshape(len(x), -1).astype(np.float64)  # [T, blocks]
+    sums = round_half(step * q.sum(axis=1, keepdims=True)).reshape(len(x), -1).astype(np.float64)  # [T, blocks]
     total = np.zeros((len(x), len(m.weights)), np.float32)
     for b in range(sums.shape[1]):
         total = _plus(total, sums[:, b, None] * m.floors[:, b])

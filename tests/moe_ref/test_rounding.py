@@ -19,7 +19,7 @@ from moe_ref.kv import KV
 from moe_ref.kv_types import Kept, kept_as, rotated
 from moe_ref.model import Model
 from moe_ref.quants import BY_NAME, FORMATS
-from moe_ref.quants.activations import DOT_TYPES, ROUNDINGS, round_to
+from moe_ref.quants.activations import DOT_TYPES, round_to
 from moe_ref.quants.dots import decode, multiply
 
 GOLDEN, DATA = SHARED / "data/golden", Path(__file__).resolve().parents[1] / "data/kv"
@@ -233,7 +233,7 @@ def test_rounding_equals_gguf_where_it_has_the_type(kind):
     assert differ <= (3 if kind == "Q8_0" else 0), f"{kind}: {differ} of {x.size} differ"
 
 
-@pytest.mark.parametrize("kind", ROUNDINGS)
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q8_0", "Q8_1", "Q8_K"])
 def test_rounding_keeps_zeros_shape_and_float64(kind):
     assert not round_to(np.zeros((2, 3, 256), np.float32), kind).any()
     x = np.random.default_rng(2).normal(0, 1, (2, 3, 256))
