@@ -132,7 +132,8 @@ def _tokenizer(file: GGUFFile) -> tuple[dict[str, Any], list[str], list[str]]:
         try:
             load_tokenizer(file.metadata)
         except ValueError as error:  # TokenizerError, or GGUFError of an array that cannot be read
-            return facts, [], [str(error)]
+            ours = isinstance(error.__cause__, ImportError)  # nothing is wrong with the file
+            return facts, [str(error)] * ours, [str(error)] * (not ours)
     return facts, [str(warning.message) for warning in heard], []
 
 

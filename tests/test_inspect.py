@@ -4,6 +4,7 @@ calls unsupported is refused by everything else."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ def test_the_tokenizer_is_judged_too(keys, unsupported, warning, tmp_path, capsy
     assert facts["tokenizer"]["tokens"] == len(keys.get("tokens", []))
     code = main(["tokenize", str(tmp_path / "m.gguf"), "-p", "ab"])
     assert code == (0 if "tokens" in keys and not unsupported else 2)
+
+
+def test_a_library_that_is_not_installed_is_no_fault_of_the_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    (tmp_path / "m.gguf").write_bytes(model_bytes(**TOKENS))
+    facts = inspected(tmp_path / "m.gguf", capsys)
+    assert facts["unsupported"] == [] and "pip install 'tokenizers" in facts["warnings"][0]
 
 
 @pytest.mark.parametrize("path", shared_files("data/golden/split/*.gguf"))
