@@ -30,13 +30,14 @@ from moe_ref.perplexity import chunk, perplexity, progress, report
 from moe_ref.quantize import FILE_TYPES, MIXES, TYPES, choose_types, parse_rule, type_called, write_quantized
 from moe_ref.quants import dequantize
 from moe_ref.sampling import Sampler
-from moe_ref.split import open_model
+from moe_ref.split import open_model, open_readable
 
 
 def cmd_inspect(args: argparse.Namespace) -> None:
     """Architecture, tensors and where the bytes are; works for any GGUF and says what is unsupported."""
-    with open_gguf(args.model) as file:
-        facts = describe(file)
+    file, remarks = open_readable(args.model)
+    with file:
+        facts = describe(file, remarks)
     if args.json:
         print_json(facts)
     else:
@@ -116,7 +117,7 @@ def cmd_tokenize(args: argparse.Namespace) -> None:
 
 def cmd_dequantize(args: argparse.Namespace) -> None:
     """One tensor as a float32 .npy file, in NumPy order."""
-    with open_gguf(args.model) as file:
+    with open_readable(args.model)[0] as file:
         if args.tensor not in file.tensors:
             raise RequestError(f"{args.tensor}: no such tensor; `python -m moe_ref inspect` lists them")
         info = file.tensors[args.tensor]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
-from moe_ref.config import ConfigError, ModelConfig
+from moe_ref.config import ConfigError, ModelConfig, quirks_of
 from moe_ref.gguf import GGUFFile, TensorInfo
 from moe_ref.layers import Layer
 from moe_ref.quants import FORMATS, unsupported
@@ -248,11 +248,12 @@ def _predicts_further(c: ModelConfig, name: str) -> bool:
 def vocab_rows(file: GGUFFile) -> int:
     """Rows of the embedding matrix, the one place where a file states its true vocabulary size.
 
-    Raises ConfigError for one part of a split file, which has it or not by chance.
+    Raises ConfigError for one part of a split file, which has it or not by chance, and for what is no known model.
     """
     if file.get("split.count", 1) not in (0, 1) and not file.is_whole:
         raise ConfigError("split.count: this is one part of a split GGUF; open its first part, or merge it "
                           "(llama-gguf-split --merge)")  # fmt: skip
+    quirks_of(file.metadata)
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
         raise ConfigError(f"token_embd.weight: missing from {file.path}, or not a matrix")
