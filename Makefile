@@ -6,7 +6,7 @@ BENCH_ARGS ?= -p 64 -n 32 -r 3 -o md
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint notebooks bench clean
+.PHONY: help demo test test-all lint oracle notebooks bench clean
 
 help: ## this list
 	@echo "make TARGET; each one sets up .venv by itself when it has to:"
@@ -23,6 +23,10 @@ test-all: ## the same with the slow tests
 
 lint: ## ruff and mypy only
 	@sh scripts/test.sh --lint
+
+oracle: ## the reference against llama.cpp and transformers, file by file; writes the table of docs/results.md
+	@sh scripts/bootstrap.sh base
+	@OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/oracle.py --write docs/results.md $(ORACLE_ARGS)
 
 notebooks: ## open the course in JupyterLab
 	@sh scripts/notebooks.sh

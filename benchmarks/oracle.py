@@ -1,11 +1,13 @@
-"""moe_ref against the outside references, file by file: a Markdown table for docs/results.md.
+"""moe_ref against the outside references, file by file: `make oracle` writes the table of docs/results.md.
 
-    python benchmarks/oracle.py [--golden ../shared/data/golden] [--engine]
+    python benchmarks/oracle.py [--golden ../shared/data/golden] [--engine] [--write docs/results.md]
 
 Every GGUF under archs/ and quants/ is run in float32 and compared with llama.cpp's strict logits (its own on F32
-twins; ``logits_deq`` for quantized files) and, where given, with transformers. Tolerance: 1e-3 * max(1, std of the
-logits). ``--engine`` runs the runtime on the host device at the minimum cache instead of the reference. Exit code 1
-if a file that can be run disagrees; files that cannot be run are listed with the reason.
+twins; ``logits_deq`` for quantized files), with 16 greedy tokens, with the residual stream and the routes of each
+layer, with 160 positions and the 8 tokens after them where given, and, for information, with transformers.
+Tolerance: 1e-3 * max(1, std of the logits). ``--engine`` runs the runtime on the host device at the minimum cache
+instead of the reference. Exit code 1 if a file that can be run disagrees or none can be run; files that cannot are
+listed with the reason, and are a failure of the reference.
 """
 
 from __future__ import annotations
@@ -15,19 +17,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_ref.model import Model
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "golden"
-HEAD = "| file | llama.cpp max Δ | allowed | transformers max Δ | top-1 equal | greedy equal | layers |"
-Run = tuple[Callable[[np.ndarray], np.ndarray], Callable[[list[int], int], list[int]], dict[str, np.ndarray]]
+COLUMNS = ("file", "architecture", "llama.cpp max Δ", "allowed", "transformers max Δ", "top-1 equal",
+           "greedy-16 equal", "160 positions, max Δ and greedy-8", "layers and routes")  # fmt: skip
+BEGIN, END = "<!-- make oracle: begin -->", "<!-- make oracle: end -->"
+Arrays = dict[str, np.ndarray]
+Run = tuple[str, Callable[[np.ndarray], np.ndarray], Callable[[list[int], int], list[int]], Arrays]
 
 
 @contextmanager
 def reference(path: Path) -> Iterator[Run]:
-    """The reference: logits, greedy continuation, and what it observed on the way."""
+    """The reference: its architecture, logits, greedy continuation, and what it observed on the way."""
     model, seen = Model(path), {}
     model.observe = seen.__setitem__
 
@@ -39,7 +45,7 @@ def reference(path: Path) -> Iterator[Run]:
             logits = model.forward(made[-1:], cache)[-1]
         return made
 
-    yield model.logits, greedy, seen
+    yield model.config.architecture, model.logits, greedy, seen
     model.close()
 
 
@@ -54,43 +60,76 @@ def engine(path: Path) -> Iterator[Run]:
     except BudgetError as error:
         made = Engine(path, cache=f"slots:{str(error).split('slots:')[2].split()[0]}", prefetch="next-gate")
     with made as runtime:
-        yield runtime.logits, lambda tokens, count: list(runtime.generate_tokens(tokens, count)), {}
+        yield (runtime.config.architecture, runtime.logits,
+               lambda tokens, count: list(runtime.generate_tokens(tokens, count)), {})  # fmt: skip
 
 
-def strict(path: Path) -> tuple[np.lib.npyio.NpzFile, str]:
+def strict(path: Path) -> tuple[Arrays, str]:
     """The reference arrays of a file, and the suffix of the strict ones."""
     stem = path.name.removesuffix(".gguf")
     beside = path.with_name(stem + ".npz")
-    arrays = np.load(beside if beside.exists() else path.with_name(stem.rsplit(".", 1)[0] + ".npz"))
+    with np.load(beside if beside.exists() else path.with_name(stem.rsplit(".", 1)[0] + ".npz")) as file:
+        arrays = {name: file[name] for name in file.files}
     return arrays, "_deq" if "logits_deq" in arrays else ""
 
 
-def layers(seen: dict[str, np.ndarray], arrays: np.lib.npyio.NpzFile, scale: float) -> str:
+def allowed(want: np.ndarray) -> float:
+    return 1e-3 * max(1.0, float(want.std()))
+
+
+def distance(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest absolute difference; infinite where something is not a number."""
+    return float(np.nan_to_num(np.abs(got - want), nan=np.inf).max())
+
+
+def layers(seen: Arrays, arrays: Arrays) -> tuple[str, bool]:
     """Whether every layer's residual stream and chosen experts agree; names the first that does not."""
-    names = [name for name in arrays if name.startswith("mid/") and name[4:] in seen]
+    names = [name for name in arrays if name.startswith("mid/")] if seen else []
     for name in sorted(names, key=lambda n: int(n.rsplit("-", 1)[1])):
-        got, want = seen[name[4:]], arrays[name]
-        bound = 0 if "topk" in name else 1e-3 * max(scale, want.std())
-        if np.abs(got - want).max() > bound:
-            return f"**{name[4:]} differs**"
-    return f"{len(names)} equal" if names else "–"
+        want = arrays[name]
+        if distance(seen[name[4:]], want) > (0 if "topk" in name else allowed(want)):
+            return f"**{name[4:]} differs**", False
+    return f"{len(names)} equal" if names else "–", True
 
 
-def row(path: Path, open_run: Callable) -> tuple[str, bool]:
+def long_run(path: Path, logits: Callable, greedy: Callable) -> tuple[str, bool]:
+    """160 positions, of which the last 16 are known, and 8 tokens more."""
+    name, store = path.name.split(".")[0], path.parents[1] / "long160.npz"
+    if path.parent.name != "archs" or "MXFP4" in path.name or not store.exists():
+        return "–", True
+    with np.load(store) as file:
+        if f"{name}/tokens" not in file.files:
+            return "–", True
+        tokens, want, after = (file[f"{name}/{part}"] for part in ("tokens", "logits_last16", "greedy"))
+    error, follows = distance(logits(tokens)[-16:], want), greedy(tokens.tolist(), len(after)) == after.tolist()
+    return f"{error:.1e}, {'yes' if follows else '**no**'}", error <= allowed(want) and follows
+
+
+def row(path: Path, open_run: Callable[[Path], Any]) -> tuple[tuple[str, ...], bool]:
     """One line of the table, and whether all agreed."""
     arrays, suffix = strict(path)
-    want, tokens = arrays["logits" + suffix], arrays["tokens"]
-    with open_run(path) as (logits, greedy, seen):
+    want, tokens, after = arrays["logits" + suffix], arrays["tokens"], arrays["greedy" + suffix]
+    with open_run(path) as (architecture, logits, greedy, seen):
         got = logits(tokens)
-        depth = layers(dict(seen), arrays, 1.0)
-        chosen = greedy(tokens.tolist(), len(arrays["greedy" + suffix]))
-    allowed, error = 1e-3 * max(1.0, float(want.std())), float(np.abs(got - want).max())
-    other = f"{np.abs(got - arrays['logits_transformers']).max():.1e}" if "logits_transformers" in arrays else "–"
-    top, total = int((got.argmax(1) == want.argmax(1)).sum()), len(want)
-    follows = chosen == arrays["greedy" + suffix].tolist()
-    passed = error <= allowed and top == total and follows and "differs" not in depth
-    cells = (path.stem, f"{error:.1e}", f"{allowed:.1e}", other, f"{top} of {total}", "yes" if follows else "**no**")
-    return "| " + " | ".join((*cells, depth)) + " |", passed
+        depth, layers_agree = layers(dict(seen), arrays)
+        follows = greedy(tokens.tolist(), len(after)) == after.tolist()
+        long, long_agrees = long_run(path, logits, greedy)
+    error, top = distance(got, want), int((got.argmax(1) == want.argmax(1)).sum())
+    other = f"{distance(got, arrays['logits_transformers']):.1e}" if "logits_transformers" in arrays else "–"
+    passed = error <= allowed(want) and top == len(want) and follows and layers_agree and long_agrees
+    return (path.stem, architecture, f"{error:.1e}", f"{allowed(want):.1e}", other, f"{top} of {len(want)}",
+            "yes" if follows else "**no**", long, depth), passed  # fmt: skip
+
+
+def line(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def replace_table(page: Path, table: list[str]) -> None:
+    """Put ``table`` between the two marks of a page."""
+    before, _, rest = page.read_text("utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text("\n".join([before + BEGIN, *table, END + after]), "utf-8")
 
 
 def main() -> int:
@@ -98,19 +137,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", type=Path, default=GOLDEN)
     parser.add_argument("--engine", action="store_true", help="run moe_cupy at the minimum cache")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the marks of this page")
     args = parser.parse_args()
-    failed, refused = 0, []
-    print(HEAD + "\n" + "|---" * HEAD.count(" |") + "|")
-    for path in sorted(args.golden.glob("archs/*.gguf")) + sorted(args.golden.glob("quants/*.gguf")):
+    paths = sorted(args.golden.glob("archs/*.gguf")) + sorted(args.golden.glob("quants/*.gguf"))
+    if not paths:
+        print(f"{args.golden}: no reference files (archs/*.gguf, quants/*.gguf); name their folder with --golden",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    failed, refused, table = 0, [], [line(COLUMNS), "|---" * len(COLUMNS) + "|"]
+    print(*table, sep="\n")
+    for path in paths:
         try:
-            line, passed = row(path, engine if args.engine else reference)
+            cells, passed = row(path, engine if args.engine else reference)
         except ValueError as error:
-            refused.append(f"{path.stem}: {str(error)[:110]}")
+            refused.append(f"{path.stem}: {str(error)[:160]}")
             continue
         failed += not passed
-        print(line, flush=True)
-    print(f"\n{failed} disagree; {len(refused)} cannot be run:", *refused, sep="\n  ", file=sys.stderr)
-    return 1 if failed else 0
+        table.append(line(cells))
+        print(table[-1], flush=True)
+    print(f"\n{len(table) - 2} run, {failed} disagree; {len(refused)} cannot be run:", *refused, sep="\n  ",
+          file=sys.stderr)  # fmt: skip
+    if args.write:
+        replace_table(args.write, table)
+    return 1 if failed or len(table) == 2 or (refused and not args.engine) else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from moe_ref.command import (
     RequestError,
     add_model,
     add_prompt,
+    add_rounding,
     add_sampling,
     note,
     print_json,
@@ -42,10 +43,15 @@ def cmd_inspect(args: argparse.Namespace) -> None:
         print(table(facts))
 
 
+def open_rounded(args: argparse.Namespace) -> Model:
+    """The model of a command, with the roundings that its flags ask for."""
+    return Model(args.model, act=args.act, cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v)
+
+
 def cmd_logits(args: argparse.Namespace) -> None:
     """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
     tokens = token_list(args.tokens)
-    logits = Model(args.model).logits(tokens).astype(np.float32)
+    logits = open_rounded(args).logits(tokens).astype(np.float32)
     with whole_file(args.output) as out:
         np.savez(out, tokens=np.array(tokens, np.int32), logits=logits)
     note(f"{args.output}: logits of {len(tokens)} tokens, vocabulary {logits.shape[1]}")
@@ -68,7 +74,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     """Text as it comes."""
     from moe_ref.tokenizer import StreamDecoder, load_tokenizer
 
-    model = Model(args.model)
+    model = open_rounded(args)
     tokenizer = load_tokenizer(model.file.metadata)
     text = prompt_text(args, model.file.metadata)
     ids = tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
@@ -89,7 +95,7 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
     """Chunks of -c tokens, each a fresh context whose first token is not scored."""
     from moe_ref.tokenizer import load_tokenizer
 
-    model = Model(args.model)
+    model = open_rounded(args)
     ids = load_tokenizer(model.file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
     report(perplexity(model.logits, progress(chunk(ids, args.ctx_size, args.chunks))), args.json)
 
@@ -153,7 +159,8 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize, deq = command("tokenize", cmd_tokenize), command("dequantize", cmd_dequantize)
     quant = command("quantize", cmd_quantize)
     logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
-    logits.add_argument("--act", choices=["f32"], default="f32", help="activation rounding (q8 is not in this version)")
+    for sub in (logits, generate, ppl):
+        add_rounding(sub)
     deq.add_argument("tensor", metavar="TENSOR")
     for sub in (logits, deq):
         sub.add_argument("-o", "--output", required=True, help="file to write")

@@ -193,6 +193,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--seed", type=int, default=-1, help="-1 takes a new one each run (default)")
 
 
+def add_rounding(parser: argparse.ArgumentParser) -> None:
+    """What is rounded as llama.cpp's CPU backend does: nothing, unless asked."""
+    parser.add_argument("--act", default="f32", help="activations: f32 (default); q8: rounded for each matrix")
+    for letter, what in (("k", "keys"), ("v", "values")):
+        text = f"type of cached {what}: f32 (default; llama.cpp's is f16), f16, bf16, q8_0, q4_0"
+        parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f32", metavar="TYPE", help=text)
+
+
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """llama.cpp's prompt flags."""
     group = parser.add_mutually_exclusive_group(required=True)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from moe_ref.gguf import GGUFFile
 from moe_ref.quants import dequantize
+from moe_ref.quants.dots import Matrix, decode, multiply
 from moe_ref.tensors import View
 
 DEFAULT_KEEP_BYTES = 1 << 30
-Rounding = Callable[[np.ndarray, str], np.ndarray]  # activations [T, in], type of the matrix -> the same, rounded
-
-
-def as_they_are(x: np.ndarray, matrix_type: str) -> np.ndarray:
-    """No rounding of activations."""
-    del matrix_type
-    return x
+Key = tuple[str, int | None, bool]  # name, slice, whether in parts
+Decoder = Callable[[np.ndarray, str, tuple[int, ...], str], Any]  # bytes, type, shape, name -> what knows its nbytes
 
 
 class Weights:
     """Lazy view of a file's tensors as ``dtype`` arrays; at most ``keep_bytes`` of decoded copies are kept.
 
-    ``views`` says where each name lies; ``round_activations`` is applied to what a matrix is multiplied with.
+    ``views`` says where each name lies.
     """
 
     def __init__(
@@ -33,11 +30,10 @@ class Weights:
         dtype=np.float32,
         keep_bytes: int = DEFAULT_KEEP_BYTES,
         views: Mapping[str, View] | None = None,
-        round_activations: Rounding = as_they_are,
     ):
-        self.file, self.dtype, self.keep_bytes, self.round_activations = file, dtype, keep_bytes, round_activations
+        self.file, self.dtype, self.keep_bytes = file, dtype, keep_bytes
         self.views = views if views is not None else {n: View(i, i.shape) for n, i in file.tensors.items()}
-        self._kept: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[Key, Any] = OrderedDict()
         self._kept_bytes = 0
 
     def __contains__(self, name: str) -> bool:
@@ -48,52 +44,74 @@ class Weights:
         view = self.views[name]
         if len(view.shape) > 2 and view.shape != view.stored.shape:  # its rows lie apart, expert by expert
             return np.stack([self.part(name, i) for i in range(view.shape[0])])
-        unit = view.stored.nbytes // _rows(view.stored.shape)
-        return self._decoded(name, -1, view.first * unit, view.stored.type, view.shape)
+        return self._decoded(name, None)
 
     def part(self, name: str, index: int) -> np.ndarray:
         """Slice ``index`` of the first axis (one expert, one row) without touching the others."""
-        view = self.views[name]
-        slab = view.stored.nbytes // view.stored.shape[0]
-        first = view.first * (slab // view.stored.shape[1] if len(view.shape) > 2 else slab)
-        return self._decoded(name, index, index * slab + first, view.stored.type, view.shape[1:])
+        return self._decoded(name, index)
 
     def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
         """Rows of a matrix, [n, columns]: an embedding lookup."""
         return np.stack([self.part(name, int(i)) for i in indices])
+
+    def product(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        """``x W^T`` for a matrix, or one of several."""
+        return x @ np.atleast_2d(self[name] if index is None else self.part(name, index)).T
 
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
         """``x W^T``, times the scale and plus the bias that the file may have under the same name.
 
         x [T, in] -> [T, out]; ``index`` picks one of several matrices (experts, heads).
         """
-        matrix = self[name + ".weight"] if index is None else self.part(name + ".weight", index)
-        y = self.round_activations(x, self.views[name + ".weight"].stored.type) @ matrix.T
+        y = self.product(x, name + ".weight", index)
         if name + ".scale" in self:
             y = y * self[name + ".scale"][index or 0]
         if name + ".bias" in self:
             y = y + (self[name + ".bias"] if index is None else self[name + ".bias"][index])
         return y
 
-    def _decoded(self, name: str, index: int, start: int, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-        key = (name, index)
+    def _decoded(self, name: str, index: int | None) -> np.ndarray:
+        return self._once(name, index, self._plain)
+
+    def _plain(self, raw: np.ndarray, kind: str, shape: tuple[int, ...], name: str) -> np.ndarray:
+        return dequantize(raw, kind, shape, name).astype(self.dtype, copy=False)
+
+    def _once(self, name: str, index: int | None, decoder: Decoder, in_parts: bool = False) -> Any:
+        """What ``decoder`` makes of a tensor or a slice of it, unless that is still there."""
+        key, stored = (name, index, in_parts), self.views[name].stored
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        stored = self.views[name].stored
+        start, shape = self._place(name, index)
         nbytes = stored.nbytes * int(np.prod(shape, dtype=np.int64)) // int(np.prod(stored.shape, dtype=np.int64))
-        raw = self.file.read(stored.name, start, nbytes)
-        array = dequantize(raw, kind, shape, name).astype(self.dtype, copy=False)
-        self._keep(key, array)
-        return array
+        made = decoder(self.file.read(stored.name, start, nbytes), stored.type, shape, name)
+        self._keep(key, made)
+        return made
 
-    def _keep(self, key: tuple[str, int], array: np.ndarray) -> None:
+    def _place(self, name: str, index: int | None) -> tuple[int, tuple[int, ...]]:
+        """First byte within the stored tensor, and shape."""
+        view = self.views[name]
+        if index is None:
+            return view.first * (view.stored.nbytes // _rows(view.stored.shape)), view.shape
+        slab = view.stored.nbytes // view.stored.shape[0]
+        first = view.first * (slab // view.stored.shape[1] if len(view.shape) > 2 else slab)
+        return index * slab + first, view.shape[1:]
+
+    def _keep(self, key: Key, array: Any) -> None:
         if array.nbytes > self.keep_bytes:
             return
         self._kept[key] = array
         self._kept_bytes += array.nbytes
         while self._kept_bytes > self.keep_bytes:
             self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+class RoundedWeights(Weights):
+    """The same, but products are those of llama.cpp's CPU kernels, with activations rounded (quants/dots.py)."""
+
+    def product(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        matrix: Matrix = self._once(name, index, decode, in_parts=True)
+        return multiply(x.astype(np.float32, copy=False), matrix, index is not None).astype(x.dtype, copy=False)
 
 
 def _rows(shape: tuple[int, ...]) -> int:
