@@ -47,9 +47,9 @@ def round_half_away(x: np.ndarray) -> np.ndarray:
     return np.copysign(whole + (size - whole >= 0.5), x)
 
 
-def inverse(d: np.ndarray) -> np.ndarray:
-    """``1 / d``, and 0 where d is 0: a block of zeros has no scale."""
-    return np.divide(1, d, out=np.zeros_like(d), where=d != 0)
+def inverse(d: np.ndarray, times: int = 1) -> np.ndarray:
+    """``times / d``, and 0 where d is 0: a block of zeros has no scale."""
+    return np.divide(times, d, out=np.zeros_like(d), where=d != 0)
 
 
 def whole(x: np.ndarray, dtype: type = np.uint8) -> np.ndarray:

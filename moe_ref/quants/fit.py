@@ -55,7 +55,8 @@ def fit_scale(
 def fit_affine(x: np.ndarray, top: int, nudges: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
     """x [run, m] -> scales [m] and minimums [m] >= 0 such that ``x ~ scale * q - minimum``, q in 0..top.
 
-    For each of ``nudges`` the range of x is cut into ``top + nudge`` steps.
+    First the range of x as ``top`` steps, then, for each of ``nudges``, the best line for the codes that
+    ``top + nudge`` steps give.
     """
     weight = size_weight(x)
     low = np.minimum(x.min(axis=0), 0)  # [m]
@@ -64,14 +65,24 @@ def fit_affine(x: np.ndarray, top: int, nudges: Iterable[float]) -> tuple[np.nda
     above, weighted = x - low, weight * x
     sum_w, sum_x = weight.sum(axis=0), weighted.sum(axis=0)
     best, scale, offset = np.full_like(low, -np.inf), np.zeros_like(low), low
-    for nudge in nudges:
-        q = np.rint(above * (np.float32(top + nudge) * reciprocal))
+    for nudge in (None, *nudges):
+        q = np.rint(above * (np.float32(top + (nudge or 0)) * reciprocal))
         wq = weight * np.minimum(q, top, out=q)
         sum_q, sum_qq, sum_xq = wq.sum(axis=0), (wq * q).sum(axis=0), (weighted * q).sum(axis=0)
-        divisor = inverse(sum_w * sum_qq - sum_q * sum_q)  # of the two normal equations
-        slope, start = (sum_w * sum_xq - sum_x * sum_q) * divisor, (sum_qq * sum_x - sum_q * sum_xq) * divisor
-        slope, start = np.where(start > 0, sum_xq * inverse(sum_qq), slope), np.minimum(start, 0)
-        gain = slope * sum_xq + start * sum_x
-        better = (gain > best) & (divisor > 0)
+        if nudge is None:
+            slope, start = span / np.float32(top), low
+        else:
+            slope, start = _regression(sum_w, sum_x, sum_q, sum_qq, sum_xq)
+        line_squared = slope * (slope * sum_qq + 2 * start * sum_q) + start * start * sum_w
+        gain = 2 * (slope * sum_xq + start * sum_x) - line_squared  # what the fit takes from the squares of x
+        better = gain > best
         best, scale, offset = (np.where(better, *pair) for pair in ((gain, best), (slope, scale), (start, offset)))
     return scale, -offset
+
+
+def _regression(w: np.ndarray, x: np.ndarray, q: np.ndarray, qq: np.ndarray, xq: np.ndarray) -> tuple:
+    """Weighted sums [m] of 1, x, q, q^2, x q -> slope and start <= 0 of the best line; 0 and 0 where q is constant."""
+    variance = w * qq - q * q
+    divisor = inverse(np.where(variance > 1e-6 * w * qq, variance, 0))
+    slope, start = (w * xq - x * q) * divisor, (qq * x - q * xq) * divisor
+    return np.where(start > 0, xq * inverse(qq), slope), np.minimum(start, 0)

@@ -26,11 +26,14 @@ def pack_signed_scales(scales: np.ndarray) -> np.ndarray:
     return np.concatenate([pack_planes(low, 4), pack_planes(top, 2)], axis=1)
 
 
-def _whole_parts(values: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Non-negative [n, s] -> steps float16 [n] and integers uint8 [n, s] of 0..top, largest at the top."""
-    largest = values.max(axis=1, keepdims=True)
-    numbers = np.rint(values * (top * inverse(largest)))
-    return (largest[:, 0] / np.float32(top)).astype(np.float16), numbers.astype(np.uint8)
+def _whole_parts(values: np.ndarray, end: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values [n, s] -> a step float16 [n], which puts the largest magnitude at ``end``, and integers float32 [n, s].
+
+    The integers are chosen for the step as half precision rounds it.
+    """
+    step = (largest(values, 1) / np.float32(end)).astype(np.float16)  # [n, 1]
+    numbers = np.rint(values * inverse(step.astype(np.float32)))
+    return step[:, 0], np.clip(numbers, low, high, out=numbers)
 
 
 def _codes(x: np.ndarray, step: np.ndarray, low: int, high: int) -> np.ndarray:
@@ -42,14 +45,14 @@ def _codes(x: np.ndarray, step: np.ndarray, low: int, high: int) -> np.ndarray:
 
 def _encode_affine(x: np.ndarray, layout: np.dtype, run: int, top: int, nudges: np.ndarray) -> tuple:
     """The record with d and dmin; integers of scales and mins uint8 [n, 256 / run]; codes uint8 [n, 256]."""
-    scale_top = 15 if layout == BLOCK_Q2_K else 63
+    most = 15 if layout == BLOCK_Q2_K else 63
     scale, floor = (part.reshape(len(x), -1) for part in fit_affine(columns(x, run), top, nudges))
     block = np.zeros(len(x), layout)
-    block["d"], scales = _whole_parts(scale, scale_top)
-    block["dmin"], mins = _whole_parts(floor, scale_top)
+    block["d"], scales = _whole_parts(scale, most, 0, most)
+    block["dmin"], mins = _whole_parts(floor, most, 0, most)
     step, floor = (block[name].astype(np.float32)[:, None] * part for name, part in (("d", scales), ("dmin", mins)))
     raised = (x.reshape(*floor.shape, -1) + floor[:, :, None]).reshape(x.shape)
-    return block, scales, mins, _codes(raised, step, 0, top).astype(np.uint8)
+    return block, scales.astype(np.uint8), mins.astype(np.uint8), _codes(raised, step, 0, top).astype(np.uint8)
 
 
 def _encode_symmetric(x: np.ndarray, layout: np.dtype, zero: int, scale_zero: int) -> tuple:
@@ -57,10 +60,8 @@ def _encode_symmetric(x: np.ndarray, layout: np.dtype, zero: int, scale_zero: in
     runs = columns(x, 16)
     ends = -(zero + np.arange(-9, 10) / 10)
     scale = fit_scale(runs, size_weight(runs), ends, lambda y: np.clip(np.rint(y), -zero, zero - 1)).reshape(-1, 16)
-    reciprocal = -scale_zero * inverse(largest(scale, 1))  # [n, 1]
-    scales = np.minimum(np.rint(reciprocal * scale), scale_zero - 1)
     block = np.zeros(len(x), layout)
-    block["d"] = inverse(reciprocal)[:, 0]
+    block["d"], scales = _whole_parts(scale, -scale_zero, -scale_zero, scale_zero - 1)
     q = _codes(x, block["d"].astype(np.float32)[:, None] * scales, -zero, zero - 1) + zero
     return block, scales, q.astype(np.uint8)
 
@@ -110,7 +111,7 @@ def encode_q6_k(x: np.ndarray) -> np.ndarray:
 
 def encode_q8_k(x: np.ndarray) -> np.ndarray:
     """float32 [n, 256] -> uint8 [n, 292]: the largest magnitude becomes -127 steps."""
-    reciprocal = -127 * inverse(largest(x, 1))  # [n, 1]
+    reciprocal = inverse(largest(x, 1), times=-127)  # [n, 1]
     block = np.zeros(len(x), BLOCK_Q8_K)
     block["d"] = inverse(reciprocal)[:, 0]
     block["qs"] = np.minimum(np.rint(reciprocal * x), 127)
