@@ -7,7 +7,7 @@ name, so that the model never knows.
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_ref.config import ConfigError, ModelConfig
 from moe_ref.gguf import GGUFFile, TensorInfo
@@ -221,14 +221,21 @@ def check_tensors(c: ModelConfig, file: GGUFFile) -> dict[str, View]:
             raise ConfigError(f"{name}: missing from {file.path}")
         if view is None:
             continue
-        if view.shape != shape and not (name.endswith("shexp.weight") and view.shape == shape[1:]):
+        if _without_ones(view.shape) != _without_ones(shape):
             raise ConfigError(f"{name}: shape {list(view.shape)}, but the metadata says {list(shape)}")
+        if view.shape != shape:
+            found[name] = View(replace(view.stored, shape=shape), shape)
         if view.stored.type not in FORMATS:
             raise unsupported(name, view.stored.type)
     for name in found:
         if name not in shapes and name + "?" not in shapes and not _predicts_further(c, name):
             raise ConfigError(f"{name}: {c.architecture} has no use for this tensor; leaving it out would be a guess")
     return found
+
+
+def _without_ones(shape: Shape) -> Shape:
+    """Leading ones say nothing: GGUF files may have them or not, as in ggml."""
+    return _without_ones(shape[1:]) if shape[:1] == (1,) else shape
 
 
 def _predicts_further(c: ModelConfig, name: str) -> bool:

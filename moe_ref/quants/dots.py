@@ -21,6 +21,7 @@ from moe_ref.quants.legacy import BLOCK_Q4_1, BLOCK_Q5_1
 
 AFFINE = {"Q4_1": BLOCK_Q4_1, "Q5_1": BLOCK_Q5_1, "Q2_K": BLOCK_Q2_K, "Q4_K": BLOCK_Q4_K, "Q5_K": BLOCK_Q5_K}
 INTERLEAVED = ("Q4_0", "IQ4_NL", "MXFP4")  # eight rows side by side in memory, so a vector holds rows, not parts of one
+LANES = {"F32": (16, 16), "F16": (16, 16), "BF16": (32, 16)}  # numbers taken at once, and sums they are added to
 RUNS = {"Q2_K": 128, "Q4_K": 64}  # whole numbers that are added before the scale is applied, where rows are interleaved
 MOST_SUMS = 1 << 22
 NONE = np.empty((0, 0), np.float32)
@@ -57,14 +58,12 @@ def decode(raw: np.ndarray, kind: str, shape: tuple[int, ...], name: str = "tens
 def multiply(x: np.ndarray, matrix: Matrix, is_expert: bool) -> np.ndarray:
     """float32 [T, in] -> float32 [T, out]. Experts with interleaved rows take one token at a time."""
     dot, rows = DOT_TYPES.get(matrix.kind, "F32"), len(matrix.weights)
-    if dot in ("F16", "BF16"):
-        return (round_for(x, matrix.kind).astype(np.float64) @ matrix.weights.T).astype(np.float32)
     if dot == "Q8_K":
         runs = 256 if is_expert or rows % 8 else RUNS.get(matrix.kind, 256)
         return _interleaved_k(x, matrix, runs) if matrix.kind in RUNS else _tiled_k(x, matrix)
     if dot == "Q8_1":
         return _with_minimums(x, matrix)
-    block, lanes = (16, 16) if dot == "F32" else (32, 1 if matrix.kind in INTERLEAVED and rows % 8 == 0 else 8)
+    block, lanes = LANES.get(dot) or (32, 1 if matrix.kind in INTERLEAVED and rows % 8 == 0 else 8)
     return _in_lanes(round_for(x, matrix.kind), matrix.weights, block, lanes)
 
 
