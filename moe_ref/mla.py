@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_ref.attention import attend, temperature, visible
+from moe_ref.attention import attend, heated, visible
 from moe_ref.block import Block
 from moe_ref.kv import KV
 from moe_ref.rope import Tables
@@ -24,14 +24,13 @@ def mla(
     latent, k_rot = latents(block, x, rope)  # [T, 1, rank], [T, 1, rot]
     keys, values, at = kv.append(np.concatenate([latent, k_rot], axis=-1), latent, positions[0])
     seen = visible(positions, at, layer.window)
-    heat = temperature(block, positions)
     if absorbed:
         q = np.concatenate([per_head(block, q, "attn_k_b"), q_rot], axis=-1)  # [T, H, rank + rot]
-        mixed = attend(kv.as_query((q * heat).astype(x.dtype)), keys, values, layer.scale, seen)  # [T, H, rank]
+        mixed = attend(kv.as_query(heated(block, q, positions)), keys, values, layer.scale, seen)  # [T, H, rank]
         mixed = per_head(block, kv.as_mixed(mixed), "attn_v_b")  # [T, H, V]
     else:
         q = np.concatenate([q, q_rot], axis=-1)
-        mixed = attend((q * heat).astype(x.dtype), *rebuilt(block, keys, values), layer.scale, seen)
+        mixed = attend(heated(block, q, positions), *rebuilt(block, keys, values), layer.scale, seen)
     return block.linear(mixed.reshape(len(x), -1), "attn_output")
 
 

@@ -37,10 +37,10 @@ class Weights:
     ):
         self.file, self.dtype, self.keep_bytes, self.round_activations = file, dtype, keep_bytes, round_activations
         self.views = views if views is not None else {n: View(i, i.shape) for n, i in file.tensors.items()}
-        self._kept: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int | None], np.ndarray] = OrderedDict()
         self._kept_bytes = 0
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.views
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -48,15 +48,11 @@ class Weights:
         view = self.views[name]
         if len(view.shape) > 2 and view.shape != view.stored.shape:  # its rows lie apart, expert by expert
             return np.stack([self.part(name, i) for i in range(view.shape[0])])
-        unit = view.stored.nbytes // _rows(view.stored.shape)
-        return self._decoded(name, -1, view.first * unit, view.stored.type, view.shape)
+        return self._decoded(name, None)
 
     def part(self, name: str, index: int) -> np.ndarray:
         """Slice ``index`` of the first axis (one expert, one row) without touching the others."""
-        view = self.views[name]
-        slab = view.stored.nbytes // view.stored.shape[0]
-        first = view.first * (slab // view.stored.shape[1] if len(view.shape) > 2 else slab)
-        return self._decoded(name, index, index * slab + first, view.stored.type, view.shape[1:])
+        return self._decoded(name, index)
 
     def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
         """Rows of a matrix, [n, columns]: an embedding lookup."""
@@ -75,19 +71,19 @@ class Weights:
             y = y + (self[name + ".bias"] if index is None else self[name + ".bias"][index])
         return y
 
-    def _decoded(self, name: str, index: int, start: int, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _decoded(self, name: str, index: int | None) -> np.ndarray:
         key = (name, index)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        stored = self.views[name].stored
-        nbytes = stored.nbytes * int(np.prod(shape, dtype=np.int64)) // int(np.prod(stored.shape, dtype=np.int64))
-        raw = self.file.read(stored.name, start, nbytes)
-        array = dequantize(raw, kind, shape, name).astype(self.dtype, copy=False)
+        view = self.views[name]
+        shape = view.shape if index is None else view.shape[1:]
+        raw = self.file.read(view.stored.name, *view.segment(index))
+        array = dequantize(raw, view.stored.type, shape, name).astype(self.dtype, copy=False)
         self._keep(key, array)
         return array
 
-    def _keep(self, key: tuple[str, int], array: np.ndarray) -> None:
+    def _keep(self, key: tuple[str, int | None], array: np.ndarray) -> None:
         if array.nbytes > self.keep_bytes:
             return
         self._kept[key] = array
@@ -95,7 +91,3 @@ class Weights:
         while self._kept_bytes > self.keep_bytes:
             self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
 
-
-def _rows(shape: tuple[int, ...]) -> int:
-    """What ``View.first`` counts: rows of a matrix, elements of a vector."""
-    return shape[0] if len(shape) < 3 else int(np.prod(shape[:-1], dtype=np.int64))
