@@ -12,6 +12,7 @@ import numpy as np
 from moe_ref.attention import attend, heated, visible
 from moe_ref.block import Block
 from moe_ref.kv import KV
+from moe_ref.layers import Layer
 from moe_ref.rope import Tables
 
 
@@ -60,11 +61,16 @@ def per_head(block: Block, x: np.ndarray, name: str) -> np.ndarray:
 
 
 def split_kv_b(block: Block) -> dict[str, np.ndarray]:
-    """The matrices of a file that stores them as one: per head first K's rows, which serve transposed, then V's."""
-    layer, whole = block.layer, block.vector("attn_kv_b.weight")
+    """The matrices of a file that stores them as one."""
+    whole = block.vector("attn_kv_b.weight")
+    return dict(zip(("attn_k_b", "attn_v_b"), split_rows(whole, block.layer), strict=True))
+
+
+def split_rows(whole: np.ndarray, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+    """[H * (plain + V), rank] -> [H, rank, plain], [H, V, rank]: per head first K's rows, transposed, then V's."""
     by_head = whole.reshape(layer.head_count, -1, whole.shape[1])  # [H, plain + V, rank]
     plain = by_head.shape[1] - layer.value_length
-    return {"attn_k_b": by_head[:, :plain].transpose(0, 2, 1), "attn_v_b": by_head[:, plain:]}
+    return by_head[:, :plain].transpose(0, 2, 1), by_head[:, plain:]
 
 
 def rebuilt(block: Block, keys: np.ndarray, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
