@@ -45,16 +45,17 @@ def oldest(position, window, chunked):
 
 
 @njit(
-    "void(f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], f4[::1], f4[::1], i8, b1, i8, i8, f4[:, :, ::1], i8, i8)",
+    "void(f4[:, :, ::1], UniTuple(f4[:, :, ::1], 2), UniTuple(f4[::1], 2), UniTuple(i8, 4), f4[:, :, ::1], i8, i8)",
     nogil=True,
     cache=True,
 )
-def attention(q, k, v, scale, sinks, window, chunked, n_past, at, out, first, last):
+def attention(q, past, factors, seen, out, first, last):
     """Attention for (token, head) pairs first..last-1 of T*H.
 
-    q [T, H, K] at positions n_past.., k [S, G, K] and v [S, G, at least V] of the positions from ``at`` on,
-    scale [T], sinks [H] or [0], out [T, H, V].
+    ``past`` is k [S, G, K] and v [S, G, at least V] of the positions from ``at`` on, ``factors`` are scale [T] and
+    sinks [H] or [0], ``seen`` is (n_past, at, window, chunked); q [T, H, K] at positions n_past.., out [T, H, V].
     """
+    (k, v), (scale, sinks), (n_past, at, window, chunked) = past, factors, seen
     heads = q.shape[1]
     per_group = heads // k.shape[1]
     scores = np.empty(k.shape[0], np.float32)

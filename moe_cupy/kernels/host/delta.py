@@ -48,8 +48,9 @@ def unit(x, epsilon, y):
 
 
 @njit(fastmath=REASSOCIATE)
-def step(q, k, v, fade, share, matrix, answer, out):
-    """One token of one head; q and k [K] of length one, v [V], matrix [K, V] in place, answer [V] is scratch."""
+def step(q, k, v, gate, matrix, answer, out):
+    """One token of one head; q and k [K] of length one, v [V], gate (fade, share), matrix [K, V] in place, answer [V] is scratch."""
+    fade, share = gate
     answer[:] = np.float32(0)
     for i in range(k.size):
         for j in range(v.size):
@@ -65,16 +66,18 @@ def step(q, k, v, fade, share, matrix, answer, out):
 
 
 @njit(
-    "void(f4[:, ::1], f4[:, ::1], f4[:, ::1], i8, b1, f4, f4[:, :, ::1], f4[:, :, ::1], f4[:, :, ::1], i8, i8)",
+    "void(f4[:, ::1], UniTuple(f4[:, ::1], 2), Tuple((i8, b1, f4)), UniTuple(f4[:, :, ::1], 2), f4[:, :, ::1], i8, i8)",
     nogil=True,
     cache=True,
 )
-def recur(qkv, fade, share, key_heads, tiled, epsilon, before, after, out, first, last):
+def recur(qkv, gate, rule, state, out, first, last):
     """The rule for value heads first..last-1, token by token.
 
-    qkv [T, 2 * key_heads * S + H * S] side by side, fade and share [T, H], before and after [H, S, S], out [T, H, S].
-    Value head h has key head h % key_heads if tiled, else h // (H / key_heads).
+    qkv [T, 2 * key_heads * S + H * S] side by side; ``gate`` is fade and share [T, H], ``rule`` (key_heads, tiled,
+    epsilon), ``state`` before and after [H, S, S]; out [T, H, S]. Value head h has key head h % key_heads if tiled,
+    else h // (H / key_heads).
     """
+    (fade, share), (key_heads, tiled, epsilon), (before, after) = gate, rule, state
     heads, width = out.shape[1], out.shape[2]
     q, k, answer = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
     scale = np.float32(1) / np.sqrt(np.float32(width))
@@ -85,6 +88,6 @@ def recur(qkv, fade, share, key_heads, tiled, epsilon, before, after, out, first
             unit(qkv[t, at : at + width], epsilon, q)
             unit(qkv[t, key_heads * width + at : key_heads * width + at + width], epsilon, k)
             value = qkv[t, (2 * key_heads + h) * width : (2 * key_heads + h + 1) * width]
-            step(q, k, value, fade[t, h], share[t, h], after[h], answer, out[t, h])
+            step(q, k, value, (fade[t, h], share[t, h]), after[h], answer, out[t, h])
             for j in range(width):
                 out[t, h, j] *= scale

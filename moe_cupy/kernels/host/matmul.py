@@ -319,9 +319,13 @@ def matmul_rows(kind, row_bytes, data, x, y, first, last):
             y[t, r] = dot(row, x[t])
 
 
-@njit("void(i8, i8, u1[::1], i8, i8, f4[:, :, ::1], f4[:, :, ::1], i8, i8)", nogil=True, cache=True)
-def matmul_heads(kind, row_bytes, data, rows, cols, x, y, first, last):
-    """y[t, h, r] = W[h][r] . x[t, h] for rows first..last-1 of H*rows; x [T, H, at least cols], y likewise."""
+@njit("void(UniTuple(i8, 2), UniTuple(i8, 2), u1[::1], f4[:, :, ::1], f4[:, :, ::1], i8, i8)", nogil=True, cache=True)
+def matmul_heads(layout, shape, data, x, y, first, last):
+    """y[t, h, r] = W[h][r] . x[t, h] for rows first..last-1 of H*rows; x [T, H, at least cols], y likewise.
+
+    ``layout`` is (kind, row_bytes), ``shape`` is (rows, cols) of one W[h].
+    """
+    (kind, row_bytes), (rows, cols) = layout, shape
     row = np.empty(cols, np.float32)
     for i in range(first, last):
         decode_row(kind, data, i * row_bytes, row)

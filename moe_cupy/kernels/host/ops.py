@@ -61,10 +61,8 @@ def linear_heads(
 
     w holds the H matrices one below the other.
     """
-    kind, row_bytes = matmul.layout(w)
-    heads = x.shape[1]
-    rows = w.rows // heads
-    split(matmul.matmul_heads, w.rows, w.cols * len(x), kind, row_bytes, w.data, rows, w.cols, x, out)
+    rows = w.rows // x.shape[1]
+    split(matmul.matmul_heads, w.rows, w.cols * len(x), matmul.layout(w), (rows, w.cols), w.data, x, out)
     if np.size(scale) > 1 or scale != 1.0:
         out[..., :rows] *= np.reshape(scale, (-1, 1)).astype(np.float32)
     if bias is not None:
@@ -169,8 +167,8 @@ def attention(
     if temperature is not None:
         scales *= temperature
     work = 2 * width * len(keys)
-    split(attending.attention, n_tokens * heads, work, q, keys, values, scales, _vector(sinks), window, chunked,
-          n_past, at, out)  # fmt: skip
+    factors, seen = (scales, _vector(sinks)), (n_past, at, window, int(chunked))
+    split(attending.attention, n_tokens * heads, work, q, (keys, values), factors, seen, out)
 
 
 # Recurrence
@@ -212,8 +210,8 @@ def delta_rule(
     qkv [T, (2 * key_heads + H) * S] side by side; q and k are brought to length one. fade and share [T, H].
     """
     n_tokens, heads, width = out.shape
-    split(delta.recur, heads, 3 * n_tokens * width * width, qkv, fade, share, key_heads, tiled, np.float32(epsilon),
-          before, after, out)  # fmt: skip
+    rule = (key_heads, tiled, np.float32(epsilon))
+    split(delta.recur, heads, 3 * n_tokens * width * width, qkv, (fade, share), rule, (before, after), out)
 
 
 # Experts
@@ -237,8 +235,8 @@ def route(
 
     ``bias`` [E] steers the selection alone, which is by probability or ``by_logit``, and within the best groups.
     """
-    routing.route(logits, _vector(bias), routing.GATINGS[gating], by_logit, groups, groups_used, renormalise,
-                  np.float32(scale), ids, weights)  # fmt: skip
+    rule = (routing.GATINGS[gating], int(by_logit), groups, groups_used, int(renormalise))
+    routing.route(logits, _vector(bias), rule, np.float32(scale), ids, weights)
 
 
 def expert(

@@ -67,9 +67,13 @@ def mask_groups(choice, groups, used):
             choice[g * size : (g + 1) * size] = -np.inf
 
 
-@njit("void(f4[:, ::1], f4[::1], i8, b1, i8, i8, b1, f4, i8[:, ::1], f4[:, ::1])", nogil=True, cache=True)
-def route(logits, bias, gating, by_logit, groups, groups_used, renormalise, scale, ids, weights):
-    """logits [T, E], bias [E] or [0] (for selection alone) -> ids, weights [T, k], best first."""
+@njit("void(f4[:, ::1], f4[::1], UniTuple(i8, 5), f4, i8[:, ::1], f4[:, ::1])", nogil=True, cache=True)
+def route(logits, bias, rule, scale, ids, weights):
+    """logits [T, E], bias [E] or [0] (for selection alone) -> ids, weights [T, k], best first.
+
+    ``rule`` is (gating, by_logit, groups, groups_used, renormalise).
+    """
+    gating, by_logit, groups, groups_used, renormalise = rule
     p, choice = np.empty(logits.shape[1], np.float32), np.empty(logits.shape[1], np.float32)
     for t in range(logits.shape[0]):
         score(gating, logits[t], p)
