@@ -1,13 +1,15 @@
 """moe_ref against the outside references, file by file: `make oracle` writes the table of docs/results.md.
 
-    python benchmarks/oracle.py [--golden ../shared/data/golden] [--engine] [--write docs/results.md]
+    python benchmarks/oracle.py [--golden FOLDER …] [--engine | --act q8] [--write docs/results.md]
 
-Every GGUF under archs/ and quants/ is run in float32 and compared with llama.cpp's strict logits (its own on F32
-twins; ``logits_deq`` for quantized files), with 16 greedy tokens, with the residual stream and the routes of each
-layer, with 160 positions and the 8 tokens after them where given, and, for information, with transformers.
+Every GGUF under archs/ and quants/ of the reference sets (../shared/data/golden and tests/data) is run in float32 and
+compared with llama.cpp's strict logits (its own on F32 twins; ``logits_deq`` for quantized files), with 16 greedy
+tokens, with the residual stream and the routes of each layer, with 160 positions and the 8 tokens after them where
+given, and, for information, with transformers.
 Tolerance: 1e-3 * max(1, std of the logits). ``--engine`` runs the runtime on the host device at the minimum cache
-instead of the reference. Exit code 1 if a file that can be run disagrees or none can be run; files that cannot are
-listed with the reason, and are a failure of the reference.
+instead of the reference; ``--act q8`` compares rounded activations with llama.cpp on the quantized files instead, by
+the median, which must be within a fifth of float32's. Exit code 1 if a file that can be run disagrees or none can be
+run; files that cannot are listed with the reason, and are a failure of the reference.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import numpy as np
 
 from moe_ref.model import Model
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = [ROOT.parent / "shared" / "data" / "golden", ROOT / "tests" / "data"]
 COLUMNS = ("file", "architecture", "llama.cpp max Δ", "allowed", "transformers max Δ", "top-1 equal",
            "greedy-16 equal", "160 positions, max Δ and greedy-8", "layers and routes")  # fmt: skip
 BEGIN, END = "<!-- make oracle: begin -->", "<!-- make oracle: end -->"
@@ -132,18 +135,55 @@ def replace_table(page: Path, table: list[str]) -> None:
     page.write_text("\n".join([before + BEGIN, *table, END + after]), "utf-8")
 
 
+ROUNDED = ("file", "positions with equal routes", "median Δ of float32", "median Δ of --act q8", "ratio", "bits equal")
+MOST_LEFT = 1 / 5  # of float32's distance
+
+
+def rounded_row(path: Path) -> tuple[tuple[str, ...], bool]:
+    """How near activations rounded to 8 bits come to llama.cpp on the quantized file, where routes agree with it."""
+    arrays, _ = strict(path)
+    with reference(path) as (_, logits, _, _):
+        plain = logits(arrays["tokens"])
+    model, seen = Model(path, act="q8"), {}
+    model.observe = seen.__setitem__
+    rounded = model.logits(arrays["tokens"])
+    model.close()
+    chosen = [name for name in arrays if "ffn_moe_topk" in name]
+    agree = np.all([(seen[name[4:]] == arrays[name]).all(axis=1) for name in chosen], axis=0)
+    far, near = (float(np.median(np.abs(x - arrays["logits"])[agree])) for x in (plain, rounded))
+    cells = (path.stem, f"{agree.sum()} of {len(agree)}", f"{far:.1e}", f"{near:.1e}", f"{near / far:.3f}")
+    return (*cells, f"{(rounded == arrays['logits']).mean():.0%}"), bool(agree.any()) and near <= far * MOST_LEFT
+
+
+def rounded_table(paths: list[Path]) -> int:
+    """The table of ``--act q8``, over the files that have logits of llama.cpp with rounded activations."""
+    print(line(ROUNDED), "|---" * len(ROUNDED) + "|", sep="\n")
+    failed = 0
+    for path in (p for p in paths if strict(p)[1]):
+        cells, passed = rounded_row(path)
+        failed += not passed
+        print(line(cells), flush=True)
+    print(f"\n{failed} farther than a fifth of float32's distance", file=sys.stderr)
+    return 1 if failed else 0
+
+
 def main() -> int:
     """Print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--golden", type=Path, default=GOLDEN)
+    parser.add_argument("--golden", type=Path, nargs="+", default=GOLDEN, metavar="FOLDER")
     parser.add_argument("--engine", action="store_true", help="run moe_cupy at the minimum cache")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the marks of this page")
+    parser.add_argument("--act", choices=["f32", "q8"], default="f32", help="q8: compare rounded activations instead")
     args = parser.parse_args()
-    paths = sorted(args.golden.glob("archs/*.gguf")) + sorted(args.golden.glob("quants/*.gguf"))
+    folders = [golden / kind for kind in ("archs", "quants") for golden in args.golden]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.gguf"))]
     if not paths:
-        print(f"{args.golden}: no reference files (archs/*.gguf, quants/*.gguf); name their folder with --golden",
-              file=sys.stderr)  # fmt: skip
+        print(f"no archs/*.gguf or quants/*.gguf in {', '.join(map(str, args.golden))}: give --golden", file=sys.stderr)
         return 2
+    if args.act == "q8":
+        return rounded_table(paths)
+    if args.act == "q8":
+        return rounded_table(paths)
     failed, refused, table = 0, [], [line(COLUMNS), "|---" * len(COLUMNS) + "|"]
     print(*table, sep="\n")
     for path in paths:

@@ -1,4 +1,4 @@
-"""Command line of the reference: inspect | logits | generate | perplexity | tokenize | dequantize."""
+"""Command line of the reference: inspect | logits | generate | perplexity | tokenize | dequantize | quantize."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from moe_ref.command import (
     RequestError,
     add_model,
     add_prompt,
+    add_rounding,
     add_sampling,
     note,
     print_json,
     prompt_text,
     read_text,
+    refuse_same_file,
     run_command,
     token_list,
     whole_file,
@@ -25,24 +27,32 @@ from moe_ref.gguf import open_gguf
 from moe_ref.inspect import describe, table
 from moe_ref.model import Model
 from moe_ref.perplexity import chunk, perplexity, progress, report
+from moe_ref.quantize import FILE_TYPES, MIXES, TYPES, choose_types, parse_rule, type_called, write_quantized
 from moe_ref.quants import dequantize
 from moe_ref.sampling import Sampler
+from moe_ref.split import open_model, open_readable
 
 
 def cmd_inspect(args: argparse.Namespace) -> None:
     """Architecture, tensors and where the bytes are; works for any GGUF and says what is unsupported."""
-    with open_gguf(args.model) as file:
-        facts = describe(file)
+    file, remarks = open_readable(args.model)
+    with file:
+        facts = describe(file, remarks)
     if args.json:
         print_json(facts)
     else:
         print(table(facts))
 
 
+def open_rounded(args: argparse.Namespace) -> Model:
+    """The model of a command, with the roundings that its flags ask for."""
+    return Model(args.model, act=args.act, cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v)
+
+
 def cmd_logits(args: argparse.Namespace) -> None:
     """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
     tokens = token_list(args.tokens)
-    logits = Model(args.model).logits(tokens).astype(np.float32)
+    logits = open_rounded(args).logits(tokens).astype(np.float32)
     with whole_file(args.output) as out:
         np.savez(out, tokens=np.array(tokens, np.int32), logits=logits)
     note(f"{args.output}: logits of {len(tokens)} tokens, vocabulary {logits.shape[1]}")
@@ -65,7 +75,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     """Text as it comes."""
     from moe_ref.tokenizer import StreamDecoder, load_tokenizer
 
-    model = Model(args.model)
+    model = open_rounded(args)
     tokenizer = load_tokenizer(model.file.metadata)
     text = prompt_text(args, model.file.metadata)
     ids = tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
@@ -86,7 +96,7 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
     """Chunks of -c tokens, each a fresh context whose first token is not scored."""
     from moe_ref.tokenizer import load_tokenizer
 
-    model = Model(args.model)
+    model = open_rounded(args)
     ids = load_tokenizer(model.file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
     report(perplexity(model.logits, progress(chunk(ids, args.ctx_size, args.chunks))), args.json)
 
@@ -107,7 +117,7 @@ def cmd_tokenize(args: argparse.Namespace) -> None:
 
 def cmd_dequantize(args: argparse.Namespace) -> None:
     """One tensor as a float32 .npy file, in NumPy order."""
-    with open_gguf(args.model) as file:
+    with open_readable(args.model)[0] as file:
         if args.tensor not in file.tensors:
             raise RequestError(f"{args.tensor}: no such tensor; `python -m moe_ref inspect` lists them")
         info = file.tensors[args.tensor]
@@ -115,6 +125,23 @@ def cmd_dequantize(args: argparse.Namespace) -> None:
     with whole_file(args.output) as out:
         np.save(out, array)
     note(f"{args.output}: {args.tensor} {list(info.shape)} from {info.type}")
+
+
+def cmd_quantize(args: argparse.Namespace) -> None:
+    """A copy of a GGUF file with its weight matrices in other types; norms, routers and biases stay as they are."""
+    name, rules = type_called(args.type, (*TYPES, *MIXES), "--type"), [parse_rule(rule) for rule in args.tensor_type]
+    with open_model(args.model) as file:
+        refuse_same_file(args.output, [part.path for part in getattr(file, "parts", [file])])
+        chosen, remarks = choose_types(file, name, rules)
+        for remark in remarks:
+            note(f"note: {remark}")
+        with whole_file(args.output) as out:
+            file_type = MIXES[name][1] if name in MIXES else FILE_TYPES[name]
+            for i, done in enumerate(write_quantized(file, chosen, file_type, out), 1):
+                change = f"{done['from']} -> {done['to']}, relative error {done['error']:.4f}"
+                note(f"{i}/{len(chosen)} {done['name']} {change if done['from'] != done['to'] else done['to']}")
+            before, after = sum(t.nbytes for t in file.tensors.values()), out.tell()
+    note(f"{args.output}: {after:,} bytes, of tensors that had {before:,}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,11 +158,17 @@ def build_parser() -> argparse.ArgumentParser:
     inspect, logits = command("inspect", cmd_inspect), command("logits", cmd_logits)
     generate, ppl = command("generate", cmd_generate), command("perplexity", cmd_perplexity)
     tokenize, deq = command("tokenize", cmd_tokenize), command("dequantize", cmd_dequantize)
+    quant = command("quantize", cmd_quantize)
     logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
-    logits.add_argument("--act", choices=["f32"], default="f32", help="activation rounding (q8 is not in this version)")
+    for sub in (logits, generate, ppl):
+        add_rounding(sub)
     deq.add_argument("tensor", metavar="TENSOR")
     for sub in (logits, deq):
         sub.add_argument("-o", "--output", required=True, help="file to write")
+    quant.add_argument("output", metavar="OUT", help="file to write")
+    quant.add_argument("--type", required=True, help=f"of every weight matrix: {', '.join((*TYPES, *MIXES))}")
+    rule = "other type for tensors whose name has a match; repeatable, the first that matches counts"
+    quant.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=rule)
     add_prompt(generate)
     add_sampling(generate)
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")

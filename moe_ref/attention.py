@@ -7,6 +7,7 @@ import numpy as np
 from moe_ref.block import Block
 from moe_ref.config import ModelConfig
 from moe_ref.kv import KV
+from moe_ref.kv_types import FLOAT32, Kept
 from moe_ref.layers import Layer
 from moe_ref.rope import Tables
 
@@ -42,12 +43,15 @@ def attend(
     scale: float,
     seen: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    kept: Kept = FLOAT32,
 ) -> np.ndarray:
     """Attention of T queries over S positions; several query heads share a KV head.
 
     q [T, H, K], k [S, G, K], v [S, G, V] -> [T, H, V]. ``seen`` [T, S], by default causal with the queries at the last
-    T positions. ``sinks`` [H] are logits of one more position each, which takes its share and has no value.
+    T positions. ``sinks`` [H] are logits of one more position each, which takes its share and has no value. ``kept``
+    says what k and v were rounded to, which has a say in the arithmetic.
     """
+    q = kept.as_query(q)
     n_tokens, n_heads, _ = q.shape
     n_positions, n_groups, _ = k.shape
     if seen is None:
@@ -59,8 +63,8 @@ def attend(
         sink = np.broadcast_to(sinks.reshape(n_groups, -1, 1, 1), (*scores.shape[:3], 1))
         scores = np.concatenate([scores, sink], axis=-1)
     share = softmax(scores)[..., :n_positions].astype(q.dtype)
-    mixed = share @ v.transpose(1, 0, 2)[:, None]  # [G, H/G, T, V]
-    return mixed.transpose(2, 0, 1, 3).reshape(n_tokens, n_heads, -1)
+    mixed = kept.as_share(share) @ v.transpose(1, 0, 2)[:, None]  # [G, H/G, T, V]
+    return kept.as_mixed(mixed.transpose(2, 0, 1, 3).reshape(n_tokens, n_heads, -1))
 
 
 def clamped(x: np.ndarray, limit: float) -> np.ndarray:
@@ -121,7 +125,7 @@ def attention(block: Block, x: np.ndarray, positions: np.ndarray, rope: Tables |
     keys, past, at = kv.append(k, v, positions[0])  # [S, G, K], [S, G, V], [S]
     sinks = block.vector("attn_sinks.weight") if c.quirks.sinks else None
     seen = visible(positions, at, layer.window, layer.chunked)
-    mixed = attend(kv.as_query(heated(block, q, positions)), keys, past, layer.scale, seen, sinks)  # [T, H, V]
+    mixed = attend(heated(block, q, positions), keys, past, layer.scale, seen, sinks, kv.kept)  # [T, H, V]
     if gate is not None:
         mixed = mixed * sigmoid(gate)
-    return block.linear(kv.as_mixed(mixed).reshape(len(x), -1), "attn_output")
+    return block.linear(mixed.reshape(len(x), -1), "attn_output")

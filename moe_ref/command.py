@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,7 +102,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise RequestError(f"{target}: there is no folder {target.parent}")
     if target.is_dir():
         raise RequestError(f"{target}: is a folder; name a file in it")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:200]}.")
+    except OSError as error:
+        raise RequestError(f"{target}: cannot be written: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as out:
             yield out
@@ -114,6 +117,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def refuse_same_file(output: str, inputs: Iterable[Path]) -> None:
+    """Raise RequestError where ``output`` is one of the files that are read."""
+    if any(os.path.exists(output) and os.path.samefile(output, path) for path in inputs):
+        raise RequestError(f"{output}: is the input itself; name another file to write")
 
 
 def _umask() -> int:
@@ -182,6 +191,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="keep this much probability (default 0.95)")
     parser.add_argument("--min-p", type=float, default=0.05, help="drop below this share of the best (default 0.05)")
     parser.add_argument("-s", "--seed", type=int, default=-1, help="-1 takes a new one each run (default)")
+
+
+def add_rounding(parser: argparse.ArgumentParser) -> None:
+    """What is rounded as llama.cpp's CPU backend does: nothing, unless asked."""
+    parser.add_argument("--act", default="f32", help="activations: f32 (default); q8: rounded for each matrix")
+    for letter, what in (("k", "keys"), ("v", "values")):
+        text = f"type of cached {what}: f32 (default; llama.cpp's is f16), f16, bf16, q8_0, q4_0"
+        parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f32", metavar="TYPE", help=text)
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:

@@ -98,7 +98,7 @@ class ModelConfig:
 
 def load_config(metadata: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     """Read a ModelConfig from GGUF metadata; raises ConfigError naming the key that is wrong or unsupported."""
-    architecture, quirks = _quirks(metadata)
+    architecture, quirks = quirks_of(metadata)
     keys = Keys(metadata, architecture)
     for key, accepted in UNSUPPORTED.items():
         keys.refuse_unless(key, accepted)
@@ -128,7 +128,11 @@ def load_config(metadata: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     )
 
 
-def _quirks(metadata: Mapping[str, Any]) -> tuple[str, Quirks]:
+def quirks_of(metadata: Mapping[str, Any]) -> tuple[str, Quirks]:
+    """Name and row of the architecture; raises ConfigError for a file that is no model or one of an unknown kind."""
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise ConfigError(f"general.type: {kind!r} is not supported; supported: 'model' (others only go with one)")
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ConfigError("general.architecture: missing; this file describes no model")

@@ -52,14 +52,13 @@ def shared_expert(block: Block, x: np.ndarray) -> np.ndarray:
     y = network(block, x, "_shexp")
     if not block.config.quirks.shared_gate:
         return y
-    gate = x @ block.vector("ffn_gate_inp_shexp.weight").reshape(-1, 1)
-    return y * sigmoid(gate)
+    return y * sigmoid(block.weights.product(x, block.full("ffn_gate_inp_shexp.weight")))
 
 
 def two_branches(block: Block, x: np.ndarray, observe: Observer) -> np.ndarray:
     """gemma4: a dense network and the experts side by side, each between norms of its own; the router sees x itself."""
     dense = block.norm(network(block, block.norm(x, "ffn_norm")), "post_ffw_norm_1")
     seen = block.unit_norm(x) * x.dtype.type(1 / math.sqrt(x.shape[1])) * block.vector("ffn_gate_inp.scale")
-    logits = seen @ block.vector("ffn_gate_inp.weight").T
+    logits = block.weights.product(seen, block.full("ffn_gate_inp.weight"))
     experts = routed(block, block.norm(x, "pre_ffw_norm_2"), logits, observe)
     return dense + block.norm(experts, "post_ffw_norm_2")

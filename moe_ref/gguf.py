@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from math import prod
 from struct import Struct
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from moe_ref.gguf_bytes import MAX_TEXT_BYTES, U32, U64, Cursor, GGUFError, Source, show
-from moe_ref.quants.types import BY_ID
+from moe_ref.quants.types import BY_ID, BY_NAME, GGMLType
 
 __all__ = ["GGUFArray", "GGUFError", "GGUFFile", "TensorInfo", "open_gguf"]
 
@@ -119,9 +118,14 @@ class GGUFFile:
         self.data_offset = 0
         self.tensors: dict[str, TensorInfo] = {}
         self._source = source
+        self._spans: dict[str, tuple[int, int]] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.metadata.get(key, default)
+
+    def value_bytes(self, key: str) -> bytes:
+        """A metadata value as it lies in the file: type id, then value. Raises KeyError for an unknown key."""
+        return self._source.read(*self._spans[key], show(key)).tobytes()
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> np.ndarray:
         """Raw bytes ``start : start + nbytes`` of a tensor (default: to its end) as a new uint8 array.
@@ -153,24 +157,30 @@ class GGUFFile:
         self.close()
 
 
-def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Open a GGUF file and parse its header; raises GGUFError, and nothing else, for one that is missing or wrong."""
+def open_gguf(path: str | os.PathLike[str], any_type: bool = False) -> GGUFFile:
+    """Open a GGUF file and parse its header; raises GGUFError, and nothing else, for one that is missing or wrong.
+
+    A tensor type that ggml does not have is wrong too, unless ``any_type``: then the type is called "unknown id N", and
+    ``nbytes`` goes to the next tensor or the end of the file.
+    """
     source = Source(path)
     try:
-        return _read_header(Cursor(source))
+        return _read_header(Cursor(source), any_type)
     except BaseException:
         source.file.close()
         raise
 
 
-def _read_header(cursor: Cursor) -> GGUFFile:
+def _read_header(cursor: Cursor, any_type: bool) -> GGUFFile:
     version = _read_version(cursor)
     n_tensors = _read_count(cursor, "tensor_count", MAX_TENSORS, _MIN_TENSOR_BYTES)
     n_keys = _read_count(cursor, "metadata_kv_count", MAX_KEYS, _MIN_KEY_BYTES)
-    gguf = GGUFFile(cursor.source, version, _read_metadata(cursor, n_keys))
+    metadata, spans = _read_metadata(cursor, n_keys)
+    gguf = GGUFFile(cursor.source, version, metadata)
+    gguf._spans = spans
     if gguf.alignment.bit_count() != 1:
         raise cursor.source.fault(ALIGNMENT_KEY, gguf.alignment, "a power of two")
-    entries = [_read_tensor(cursor, f"tensor {i + 1} of {n_tensors}") for i in range(n_tensors)]
+    entries = [_read_tensor(cursor, f"tensor {i + 1} of {n_tensors}", any_type) for i in range(n_tensors)]
     gguf.data_offset = -(-cursor.pos // gguf.alignment) * gguf.alignment
     _place_tensors(gguf, cursor.source, entries)
     return gguf
@@ -202,16 +212,20 @@ def _read_count(cursor: Cursor, field: str, cap: int, min_bytes: int) -> int:
     return count
 
 
-def _read_metadata(cursor: Cursor, count: int) -> dict[str, Any]:
+def _read_metadata(cursor: Cursor, count: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """Values, and where they lie: offset and byte count."""
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for i in range(count):
         cursor.field = f"metadata key {i + 1} of {count}"
         key = cursor.name()
         cursor.field = show(key)
         if key in metadata:
             raise cursor.fault("this key a second time", "each key once")
+        start = cursor.pos
         metadata[key] = _read_value(cursor, key)
-    return metadata
+        spans[key] = start, cursor.pos - start
+    return metadata, spans
 
 
 def _read_value(cursor: Cursor, key: str) -> Any:
@@ -246,8 +260,8 @@ def _read_array(cursor: Cursor, key: str) -> GGUFArray:
     return GGUFArray(cursor.source, key, kind, (start, cursor.pos - start), marks)
 
 
-def _read_tensor(cursor: Cursor, which: str) -> TensorInfo:
-    """One entry of the directory, its offset still counted from the data section."""
+def _read_tensor(cursor: Cursor, which: str, any_type: bool) -> TensorInfo:
+    """One entry of the directory, its offset still counted from the data section, a size that is unknown still 0."""
     cursor.field = which
     name = cursor.name()
     cursor.field = f"tensor {show(name)}"
@@ -255,10 +269,10 @@ def _read_tensor(cursor: Cursor, which: str) -> TensorInfo:
     if n_dims not in _TENSOR_TAILS:
         raise cursor.fault(f"{n_dims} dimensions", f"1 to {MAX_DIMS}")
     *ne, type_id, offset = cursor.unpack(_TENSOR_TAILS[n_dims])
-    if type_id not in BY_ID:
+    if type_id not in BY_ID and not any_type:
         known = ", ".join(f"{t.name} ({i})" for i, t in BY_ID.items())
         raise cursor.fault(f"type id {type_id}", known, "requantise it, or update moe-offload")
-    kind, shape = BY_ID[type_id], tuple(reversed(ne))
+    kind, shape = BY_ID.get(type_id, GGMLType(f"unknown id {type_id}", type_id, 1, 0)), tuple(reversed(ne))
     if not all(shape):
         raise cursor.fault(f"shape {shape}", "dimensions of at least 1")
     if ne[0] % kind.block_elements:
@@ -278,10 +292,13 @@ def _place_tensors(gguf: GGUFFile, source: Source, entries: list[TensorInfo]) ->
         if e.offset + e.nbytes > room:
             raise source.fault(field, f"{e.nbytes} bytes at offset {e.offset}", f"ranges in {room} bytes of data")
         gguf.tensors[e.name] = TensorInfo(e.name, e.shape, e.type, gguf.data_offset + e.offset, e.nbytes)
-    for low, high in pairwise(sorted(gguf.tensors.values(), key=lambda t: t.offset)):
-        if low.offset + low.nbytes > high.offset:
+    placed = sorted(gguf.tensors.values(), key=lambda t: t.offset)
+    for low, high in zip(placed, [*placed[1:], None], strict=False):
+        if high and low.offset + low.nbytes > high.offset:
             found = f"offset {high.offset} inside tensor {show(low.name)}, which ends at {low.offset + low.nbytes}"
             raise source.fault(f"tensor {show(high.name)}", found, "tensors that do not overlap")
+        if low.type not in BY_NAME:
+            gguf.tensors[low.name] = replace(low, nbytes=(high.offset if high else source.size) - low.offset)
 
 
 def _type_name(type_id: int) -> str:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from moe_ref.kv_types import FLOAT32, Kept
 from moe_ref.layers import Layer
 
-Kept = tuple[np.ndarray, np.ndarray, np.ndarray]  # keys [S, G, K], values [S, G, V], their positions [S]
+Seen = tuple[np.ndarray, np.ndarray, np.ndarray]  # keys [S, G, K], values [S, G, V], their positions [S]
 
 
 class KV:
     """Keys and values of one layer; a layer with a window keeps only what a later token can still see.
 
-    Arrays grow by doubling, so memory follows the tokens seen, not the context the header promises.
+    Arrays grow by doubling, so memory follows the tokens seen, not the context the header promises. They hold
+    what the types of ``kept`` can express, still as floats.
     """
 
-    def __init__(self, window: int = 0, chunked: bool = False):
-        self.window, self.chunked = window, chunked
+    def __init__(self, window: int = 0, chunked: bool = False, kept: Kept = FLOAT32):
+        self.window, self.chunked, self.kept = window, chunked, kept
         self.first = 0  # position of the first row kept
         self._arrays: list[np.ndarray] = []
 
-    def append(self, k: np.ndarray, v: np.ndarray, position: int) -> Kept:
+    def append(self, k: np.ndarray, v: np.ndarray, position: int) -> Seen:
         """Store k [T, G, K] and v [T, G, V] at ``position``..; return all that the new tokens may see."""
+        k, v = self.kept.as_key(k), self.kept.as_value(v)
         self._forget_before(position)
         if not self._arrays:
             self._arrays = [np.empty((0, *new.shape[1:]), new.dtype) for new in (k, v)]
@@ -36,14 +39,6 @@ class KV:
             self._arrays[i][start:end] = new
         keys, values = self._arrays
         return keys[:end], values[:end], self.first + np.arange(end)
-
-    def as_query(self, q: np.ndarray) -> np.ndarray:
-        """What queries [T, H, K] are when they meet these keys."""
-        return q
-
-    def as_mixed(self, mixed: np.ndarray) -> np.ndarray:
-        """What the mixed values [T, H, V] are when they leave."""
-        return mixed
 
     def _forget_before(self, position: int) -> None:
         """Drop what neither the token at ``position`` nor a later one sees."""
@@ -58,10 +53,9 @@ class KV:
 class Cache:
     """One sequence: its length, and for each layer its keys and values or, in a recurrent layer, its state."""
 
-    def __init__(self, layers: Sequence[Layer], make: Callable[[Layer], KV] | None = None):
+    def __init__(self, layers: Sequence[Layer], kept: Sequence[Kept]):
         self.length = 0
-        make = make or (lambda layer: KV(layer.window, layer.chunked))
-        self.kv = [make(layer) for layer in layers]
+        self.kv = [KV(layer.window, layer.chunked, how) for layer, how in zip(layers, kept, strict=True)]
         self.state: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # recurrent layer -> last inputs, matrix
 
     def advance(self, n_tokens: int) -> None:

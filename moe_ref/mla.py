@@ -1,8 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a position is cached as one small vector for all heads.
 
 Keys and values of a head are two projections of that vector, ``attn_k_b`` and ``attn_v_b``, beside a rotated key that
-all heads share. Either they are rebuilt (plain), or, as q.(B c) = (q B).c, the projection moves to the query and to the
-result (absorbed), and attention runs with a single KV head on what is cached. The two agree but for rounding.
+all heads share. Either they are rebuilt and cached head by head (plain), or, as q.(B c) = (q B).c, the projection moves
+to the query and to the result (absorbed), and attention runs with a single KV head on the vector. The two agree but for
+rounding. llama.cpp absorbs, except in old files that hold both projections as one matrix, ``attn_kv_b``.
 """
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ import numpy as np
 from moe_ref.attention import attend, heated, visible
 from moe_ref.block import Block
 from moe_ref.kv import KV
-from moe_ref.layers import Layer
 from moe_ref.rope import Tables
 
 
 def mla(
     block: Block, x: np.ndarray, positions: np.ndarray, rope: Tables, kv: KV, absorbed: bool = True
 ) -> np.ndarray:
-    """One layer's attention: x [T, D] at ``positions`` [T] -> [T, D]; ``kv`` receives [latent, rotated key]."""
-    layer = block.layer
+    """One layer's attention: x [T, D] at ``positions`` [T] -> [T, D]; ``kv`` receives what is cached."""
+    layer, absorbed = block.layer, absorbed and not block.has("attn_kv_b")
     q, q_rot = queries(block, x, rope)  # [T, H, plain], [T, H, rot]
     latent, k_rot = latents(block, x, rope)  # [T, 1, rank], [T, 1, rot]
-    keys, values, at = kv.append(np.concatenate([latent, k_rot], axis=-1), latent, positions[0])
-    seen = visible(positions, at, layer.window)
     if absorbed:
-        q = np.concatenate([per_head(block, q, "attn_k_b"), q_rot], axis=-1)  # [T, H, rank + rot]
-        mixed = attend(kv.as_query(heated(block, q, positions)), keys, values, layer.scale, seen)  # [T, H, rank]
-        mixed = per_head(block, kv.as_mixed(mixed), "attn_v_b")  # [T, H, V]
+        q, k, v = per_head(block, q, "attn_k_b"), latent, latent  # q: [T, H, rank]
     else:
-        q = np.concatenate([q, q_rot], axis=-1)
-        mixed = attend(heated(block, q, positions), *rebuilt(block, keys, values), layer.scale, seen)
+        k, v = rebuilt(block, latent)  # [T, H, plain], [T, H, V]
+        k_rot = np.broadcast_to(k_rot, (*k.shape[:2], k_rot.shape[-1]))
+    keys, values, at = kv.append(np.concatenate([k, k_rot], axis=-1), v, positions[0])
+    q = heated(block, np.concatenate([q, q_rot], axis=-1), positions)
+    mixed = attend(q, keys, values, layer.scale, visible(positions, at, layer.window), kept=kv.kept)
+    mixed = per_head(block, mixed, "attn_v_b") if absorbed else mixed  # [T, H, V]
     return block.linear(mixed.reshape(len(x), -1), "attn_output")
 
 
@@ -47,7 +47,7 @@ def queries(block: Block, x: np.ndarray, rope: Tables) -> tuple[np.ndarray, np.n
 
 
 def latents(block: Block, x: np.ndarray, rope: Tables) -> tuple[np.ndarray, np.ndarray]:
-    """What is cached: the normalised latent [T, 1, rank] and the key that all heads share [T, 1, rot]."""
+    """All there is of a position: the normalised latent [T, 1, rank] and the key that all heads share [T, 1, rot]."""
     both = block.linear(x, "attn_kv_a_mqa")[:, None, :]
     rank = block.mla.kv_lora_rank
     return block.norm(both[..., :rank], "attn_kv_a_norm"), block.rotate(both[..., rank:], rope)
@@ -55,30 +55,14 @@ def latents(block: Block, x: np.ndarray, rope: Tables) -> tuple[np.ndarray, np.n
 
 def per_head(block: Block, x: np.ndarray, name: str) -> np.ndarray:
     """x [T, H, in] times each head's own matrix: [T, H, out]."""
-    if block.has("attn_kv_b"):
-        return np.einsum("thi,hoi->tho", x, split_kv_b(block)[name])
     return np.stack([block.linear(x[:, h], name, h) for h in range(block.layer.head_count)], axis=1)
 
 
-def split_kv_b(block: Block) -> dict[str, np.ndarray]:
-    """The matrices of a file that stores them as one."""
-    whole = block.vector("attn_kv_b.weight")
-    return dict(zip(("attn_k_b", "attn_v_b"), split_rows(whole, block.layer), strict=True))
-
-
-def split_rows(whole: np.ndarray, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
-    """[H * (plain + V), rank] -> [H, rank, plain], [H, V, rank]: per head first K's rows, transposed, then V's."""
-    by_head = whole.reshape(layer.head_count, -1, whole.shape[1])  # [H, plain + V, rank]
-    plain = by_head.shape[1] - layer.value_length
-    return by_head[:, :plain].transpose(0, 2, 1), by_head[:, plain:]
-
-
-def rebuilt(block: Block, keys: np.ndarray, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [S, H, K] and values [S, H, V] of every head from what is cached, [S, 1, rank + rot] and [S, 1, rank]."""
-    parts = split_kv_b(block) if block.has("attn_kv_b") else {
-        name: block.vector(name + ".weight") for name in ("attn_k_b", "attn_v_b")
-    }  # fmt: skip
-    heads, rank = block.layer.head_count, latent.shape[-1]
-    plain = np.einsum("sr,hrp->shp", latent[:, 0], parts["attn_k_b"])
-    rotated = np.broadcast_to(keys[..., rank:], (len(keys), heads, keys.shape[-1] - rank))
-    return np.concatenate([plain, rotated], axis=-1), np.einsum("sr,hvr->shv", latent[:, 0], parts["attn_v_b"])
+def rebuilt(block: Block, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unrotated keys [T, H, plain] and values [T, H, V] of every head from latents [T, 1, rank]."""
+    heads, width = block.layer.head_count, block.layer.value_length
+    if block.has("attn_kv_b"):  # per head first K's rows, then V's
+        both = block.linear(latent[:, 0], "attn_kv_b").reshape(len(latent), heads, -1)
+        return both[..., :-width], both[..., -width:]
+    k = np.einsum("tr,hrp->thp", latent[:, 0], block.vector("attn_k_b.weight"))
+    return k, per_head(block, np.broadcast_to(latent, (len(latent), heads, latent.shape[-1])), "attn_v_b")

@@ -19,12 +19,15 @@ from moe_ref.experts import Expert
 from moe_ref.feed_forward import feed_forward
 from moe_ref.gguf import GGUFFile
 from moe_ref.kv import Cache
+from moe_ref.kv_types import kept_as
 from moe_ref.layers import Layer
 from moe_ref.mla import mla
 from moe_ref.rope import scaled_tables
 from moe_ref.split import open_model
 from moe_ref.tensors import check_tensors, vocab_rows
-from moe_ref.weights import DEFAULT_KEEP_BYTES, Weights
+from moe_ref.weights import DEFAULT_KEEP_BYTES, RoundedWeights, Weights
+
+ACTIVATIONS = {"f32": Weights, "q8": RoundedWeights}  # what is multiplied with a matrix: as it is, or rounded for it
 
 
 def _ignore(name: str, value: np.ndarray) -> None:
@@ -57,20 +60,35 @@ class Model:
 
     ``observe(name, array)`` is told each layer's ``l_out-N`` [T, D] (residual stream after layer N),
     ``ffn_moe_topk-N`` [T, k] and ``ffn_moe_weights-N`` [T, k], under llama.cpp's names for them.
-    Raises GGUFError, ConfigError or FormatError for a file that cannot be run.
+
+    ``act`` "q8" multiplies as llama.cpp's CPU kernels do, with activations rounded for each matrix (quants/dots.py);
+    ``cache_type_k`` and ``cache_type_v`` are those of keys and values (kv_types.py). All float32 by default.
+    Raises GGUFError, ConfigError or FormatError for a file that cannot be run, ValueError for an option's value.
     """
 
     absorb_mla = True  # how multi-head latent attention is computed (mla.py); the result is the same
 
-    def __init__(self, file: GGUFFile | str | os.PathLike, dtype=np.float32, keep_bytes: int = DEFAULT_KEEP_BYTES):
+    def __init__(
+        self,
+        file: GGUFFile | str | os.PathLike,
+        dtype=np.float32,
+        keep_bytes: int = DEFAULT_KEEP_BYTES,
+        *,
+        act: str = "f32",
+        cache_type_k: str = "f32",
+        cache_type_v: str = "f32",
+    ):
+        if act not in ACTIVATIONS:
+            raise ValueError(f"--act: {act!r} is no rounding of activations; accepted: {', '.join(ACTIVATIONS)}")
         self.file = file if isinstance(file, GGUFFile) else open_model(file)
         try:
             self.config: ModelConfig = load_config(self.file.metadata, vocab_rows(self.file))
             views = check_tensors(self.config, self.file)
+            self.kept = kept_as(self.config.layers, cache_type_k, cache_type_v, self._cached_rank(views))
         except BaseException:
             self.file.close()
             raise
-        self.weights = Weights(self.file, dtype, keep_bytes, views)
+        self.weights = ACTIVATIONS[act](self.file, dtype, keep_bytes, views)
         self.dtype = dtype
         self.observe = _ignore
 
@@ -80,7 +98,7 @@ class Model:
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence."""
-        return Cache(self.config.layers)
+        return Cache(self.config.layers, self.kept)
 
     def forward(self, tokens: Sequence[int] | np.ndarray, cache: Cache) -> np.ndarray:
         """Logits [T, vocab] for ``tokens`` [T], which follow the ``cache.length`` tokens already seen."""
@@ -109,6 +127,11 @@ class Model:
         """Gate [F, D], up [F, D] and down [D, F] of one routed expert; the others stay as they are on disk."""
         gate, up, down = (f"blk.{layer}.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
         return self.weights.part(gate, index), self.weights.part(up, index), self.weights.part(down, index)
+
+    def _cached_rank(self, names: Container[str]) -> int:
+        """Width of the vector that is cached for all heads; 0 where each head has its own key and value."""
+        mla = self.config.mla
+        return 0 if mla is None or "blk.0.attn_kv_b.weight" in names else mla.kv_lora_rank
 
     def _layer(self, block: Block, x: np.ndarray, positions: np.ndarray, cache: Cache) -> np.ndarray:
         c, residual = self.config, self.dtype(self.config.residual_scale)

@@ -7,8 +7,8 @@ import numpy as np
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
     """``x / sqrt(mean(x**2) + epsilon) * weight`` over the last axis; x [..., n], weight [n]."""
-    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
-    return x / np.sqrt(mean_square + x.dtype.type(epsilon)) * weight
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float64).astype(x.dtype)
+    return x * (1 / np.sqrt(mean_square + x.dtype.type(epsilon))) * weight  # in this order, as in llama.cpp
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:

@@ -25,6 +25,7 @@ class SplitGGUF(GGUFFile):
         first = parts[0]
         self.path, self.version, self.metadata = first.path, first.version, first.metadata
         self.alignment, self.data_offset, self._source = first.alignment, first.data_offset, first._source
+        self._spans = first._spans
         self.parts = parts
         self._part_of = {name: part for part in parts for name in part.tensors}
         self.tensors = {name: info for part in parts for name, info in part.tensors.items()}
@@ -51,19 +52,31 @@ def part_paths(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
 
 
-def open_model(path: str | os.PathLike[str]) -> GGUFFile:
-    """Open a GGUF file, and with the first part of a split one all others; raises GGUFError, and nothing else."""
+def open_model(path: str | os.PathLike[str], any_type: bool = False) -> GGUFFile:
+    """Open a GGUF file, and with the first part of a split one all others; raises GGUFError, and nothing else.
+
+    ``any_type`` as in ``open_gguf``.
+    """
     with ExitStack() as opened:
-        first = opened.enter_context(open_gguf(path))
+        first = opened.enter_context(open_gguf(path, any_type))
         count = first.get("split.count", 1)
         if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_PARTS:
             raise GGUFError(f"{path}: split.count: found {count!r}; accepted: 0 to {MAX_PARTS}")
         parts = [first]
         if count > 1:
-            parts += [opened.enter_context(open_gguf(p)) for p in part_paths(first.path, count)[1:]]
+            parts += [opened.enter_context(open_gguf(p, any_type)) for p in part_paths(first.path, count)[1:]]
             _check_parts(parts, count)
         opened.pop_all()
         return SplitGGUF(parts) if count > 1 else first
+
+
+def open_readable(path: str | os.PathLike[str]) -> tuple[GGUFFile, list[str]]:
+    """What can be looked at, not run: all parts of a model, or this part alone and why; raises GGUFError."""
+    try:
+        return open_model(path, any_type=True), []
+    except GGUFError as error:
+        lone = open_gguf(path, any_type=True)
+        return lone, [f"this part is shown alone: {error}"]
 
 
 def _check_parts(parts: list[GGUFFile], count: int) -> None:

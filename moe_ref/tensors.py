@@ -7,10 +7,10 @@ name, so that the model never knows.
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from moe_ref.config import ConfigError, ModelConfig
+from moe_ref.config import ConfigError, ModelConfig, quirks_of
 from moe_ref.gguf import GGUFFile, TensorInfo
 from moe_ref.layers import Layer
 from moe_ref.quants import FORMATS, unsupported
@@ -232,14 +232,21 @@ def check_tensors(c: ModelConfig, file: GGUFFile) -> dict[str, View]:
             raise ConfigError(f"{name}: missing from {file.path}")
         if view is None:
             continue
-        if view.shape != shape and not (name.endswith("shexp.weight") and view.shape == shape[1:]):
+        if _without_ones(view.shape) != _without_ones(shape):
             raise ConfigError(f"{name}: shape {list(view.shape)}, but the metadata says {list(shape)}")
+        if view.shape != shape:
+            found[name] = View(replace(view.stored, shape=shape), shape)
         if view.stored.type not in FORMATS:
             raise unsupported(name, view.stored.type)
     for name in found:
         if name not in shapes and name + "?" not in shapes and not predicts_further(c, name):
             raise ConfigError(f"{name}: {c.architecture} has no use for this tensor; leaving it out would be a guess")
     return found
+
+
+def _without_ones(shape: Shape) -> Shape:
+    """Leading ones say nothing: GGUF files may have them or not, as in ggml."""
+    return _without_ones(shape[1:]) if shape[:1] == (1,) else shape
 
 
 def predicts_further(c: ModelConfig, name: str) -> bool:
@@ -252,11 +259,12 @@ def predicts_further(c: ModelConfig, name: str) -> bool:
 def vocab_rows(file: GGUFFile) -> int:
     """Rows of the embedding matrix, the one place where a file states its true vocabulary size.
 
-    Raises ConfigError for one part of a split file, which has it or not by chance.
+    Raises ConfigError for one part of a split file, which has it or not by chance, and for what is no known model.
     """
     if file.get("split.count", 1) not in (0, 1) and not file.is_whole:
         raise ConfigError("split.count: this is one part of a split GGUF; open its first part, or merge it "
                           "(llama-gguf-split --merge)")  # fmt: skip
+    quirks_of(file.metadata)
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
         raise ConfigError(f"token_embd.weight: missing from {file.path}, or not a matrix")

@@ -237,7 +237,7 @@ def _pre_tokenizer_row(name: Any) -> PreTokenizer:
     if name is None or name == "":
         warnings.warn(f"{KEY}pre is missing; 'default' is used, ids may differ from the model's own", stacklevel=2)
         name = "default"
-    if name in PRETOKENIZERS:
+    if isinstance(name, str) and name in PRETOKENIZERS:
         return PRETOKENIZERS[name]
     known = ", ".join(sorted([*PRETOKENIZERS, *SPACE_MARKED]))
     why = "has tokens that are not bytes" if name in NOT_BYTE_LEVEL else "is not known"

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from moe_ref.gguf import GGUFFile
 from moe_ref.quants import dequantize
+from moe_ref.quants.dots import Matrix, decode, multiply
 from moe_ref.tensors import View
 
 DEFAULT_KEEP_BYTES = 1 << 30
-Rounding = Callable[[np.ndarray, str], np.ndarray]  # activations [T, in], type of the matrix -> the same, rounded
-
-
-def as_they_are(x: np.ndarray, matrix_type: str) -> np.ndarray:
-    """No rounding of activations."""
-    del matrix_type
-    return x
+Key = tuple[str, int | None, bool]  # name, slice, whether in parts
+Decoder = Callable[[np.ndarray, str, tuple[int, ...], str], Any]  # bytes, type, shape, name -> what knows its nbytes
 
 
 class Weights:
     """Lazy view of a file's tensors as ``dtype`` arrays; at most ``keep_bytes`` of decoded copies are kept.
 
-    ``views`` says where each name lies; ``round_activations`` is applied to what a matrix is multiplied with.
+    ``views`` says where each name lies.
     """
 
     def __init__(
@@ -33,11 +30,10 @@ class Weights:
         dtype=np.float32,
         keep_bytes: int = DEFAULT_KEEP_BYTES,
         views: Mapping[str, View] | None = None,
-        round_activations: Rounding = as_they_are,
     ):
-        self.file, self.dtype, self.keep_bytes, self.round_activations = file, dtype, keep_bytes, round_activations
+        self.file, self.dtype, self.keep_bytes = file, dtype, keep_bytes
         self.views = views if views is not None else {n: View(i, i.shape) for n, i in file.tensors.items()}
-        self._kept: OrderedDict[tuple[str, int | None], np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[Key, Any] = OrderedDict()
         self._kept_bytes = 0
 
     def __contains__(self, name: object) -> bool:
@@ -58,13 +54,16 @@ class Weights:
         """Rows of a matrix, [n, columns]: an embedding lookup."""
         return np.stack([self.part(name, int(i)) for i in indices])
 
+    def product(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        """``x W^T`` for a matrix, or one of several."""
+        return x @ np.atleast_2d(self[name] if index is None else self.part(name, index)).T
+
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
         """``x W^T``, times the scale and plus the bias that the file may have under the same name.
 
         x [T, in] -> [T, out]; ``index`` picks one of several matrices (experts, heads).
         """
-        matrix = self[name + ".weight"] if index is None else self.part(name + ".weight", index)
-        y = self.round_activations(x, self.views[name + ".weight"].stored.type) @ matrix.T
+        y = self.product(x, name + ".weight", index)
         if name + ".scale" in self:
             y = y * self[name + ".scale"][index or 0]
         if name + ".bias" in self:
@@ -72,18 +71,23 @@ class Weights:
         return y
 
     def _decoded(self, name: str, index: int | None) -> np.ndarray:
-        key = (name, index)
+        return self._once(name, index, self._plain)
+
+    def _plain(self, raw: np.ndarray, kind: str, shape: tuple[int, ...], name: str) -> np.ndarray:
+        return dequantize(raw, kind, shape, name).astype(self.dtype, copy=False)
+
+    def _once(self, name: str, index: int | None, decoder: Decoder, in_parts: bool = False) -> Any:
+        """What ``decoder`` makes of a tensor or a slice of it, unless that is still there."""
+        key, view = (name, index, in_parts), self.views[name]
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        view = self.views[name]
         shape = view.shape if index is None else view.shape[1:]
-        raw = self.file.read(view.stored.name, *view.segment(index))
-        array = dequantize(raw, view.stored.type, shape, name).astype(self.dtype, copy=False)
-        self._keep(key, array)
-        return array
+        made = decoder(self.file.read(view.stored.name, *view.segment(index)), view.stored.type, shape, name)
+        self._keep(key, made)
+        return made
 
-    def _keep(self, key: tuple[str, int | None], array: np.ndarray) -> None:
+    def _keep(self, key: Key, array: Any) -> None:
         if array.nbytes > self.keep_bytes:
             return
         self._kept[key] = array
@@ -91,3 +95,10 @@ class Weights:
         while self._kept_bytes > self.keep_bytes:
             self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
 
+
+class RoundedWeights(Weights):
+    """The same, but products are those of llama.cpp's CPU kernels, with activations rounded (quants/dots.py)."""
+
+    def product(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        matrix: Matrix = self._once(name, index, decode, in_parts=True)
+        return multiply(x.astype(np.float32, copy=False), matrix, index is not None).astype(x.dtype, copy=False)

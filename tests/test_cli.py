@@ -201,6 +201,43 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(flags, words, tiny, tmp_pat
     assert not list(tmp_path.glob("*.npz"))
 
 
+REFERENCE_ROUNDING = [["--act", "q8"], ["-ctk", "f16"], ["--cache-type-v", "bf16"]]
+
+
+@pytest.mark.parametrize("flags", REFERENCE_ROUNDING, ids=" ".join)
+def test_the_reference_rounds_where_asked_in_each_command_that_runs_a_model(flags, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a small cat that lived near the sea. " * 4)
+    results = []
+    for extra in ([], flags):
+        out = tmp_path / f"{len(extra)}.npz"
+        assert ref_main(["logits", MODEL, "--tokens", "1,5,9,200", "-o", str(out), *extra]) == 0
+        assert ref_main(["perplexity", MODEL, "-f", str(text), "-c", "16", "--chunks", "1", "--json", *extra]) == 0
+        results.append((np.load(out)["logits"], last_json(capsys)["nll"]))
+        assert ref_main(["generate", MODEL, "-p", "Once", "-n", "2", *extra]) == 0
+    (plain, nll), (rounded, other) = results
+    assert 0 < np.abs(plain - rounded).max() < 2
+    assert 0 < abs(nll - other) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--act", "q4"], "--act: 'q4' is no rounding of activations; accepted: f32, q8"),
+        (["-ctk", "q9"], "-ctk, --cache-type-k: 'q9' is no type of the KV cache; accepted: f32, f16, bf16, q8_0, q4_0"),
+        (["--cache-type-v", ""], "-ctv, --cache-type-v: '' is no type of the KV cache; accepted: f32, f16, bf16"),
+        (["-ctv", "q8_0"], "-ctv q8_0: its blocks of 32 do not divide the 16 numbers"),
+    ],
+)
+@pytest.mark.parametrize("command", [["generate", "-p", "x"], ["perplexity", "-f", VALID], ["logits", "--tokens", "1"]])
+def test_the_reference_refuses_a_rounding_it_does_not_know_in_one_line(command, flags, words, tiny, tmp_path, capsys):
+    output = ["-o", str(tmp_path / "o.npz")] if command[0] == "logits" else []
+    assert ref_main([command[0], tiny, *command[1:], *output, *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: " + words) and captured.err.count("\n") == 1
+    assert captured.out == "" and not list(tmp_path.glob("*.npz"))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

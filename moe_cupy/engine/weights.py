@@ -15,7 +15,6 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_ref.config import ModelConfig
 from moe_ref.gguf import GGUFFile
 from moe_ref.layers import Layer
-from moe_ref.mla import split_rows
 from moe_ref.quants import FormatError, dequantize
 from moe_ref.tensors import View, predicts_further
 
@@ -75,7 +74,7 @@ class _Uploader:
         return self.file.read(view.stored.name, *view.segment())
 
     def matrix(self, name: str) -> Matrix:
-        """A matrix, or the matrices of a stack one below the other; a vector is one row."""
+        """A matrix, or the matrices of a stack one below the other."""
         view = self.views[name]
         return Matrix(view.stored.type, math.prod(view.shape[:-1]), view.shape[-1], self.upload(self.raw(name)))
 
@@ -111,8 +110,9 @@ class _Uploader:
                     made.scales[stem] = self.values(name)
             elif stem == "ffn_gate_inp" and end == "scale" and self.views[name].shape != (1,):
                 made.norms[ROUTER_NORM] = self.router_norm(name), None
-            elif stem == "attn_kv_b" and end == "weight":
-                made.linears.update(self.split(name, layer))
+            elif stem == "attn_kv_b":
+                if end == "weight":
+                    made.linears.update(self.absorbed(block + stem, layer))
             elif stem == "layer_output_scale":
                 made.scales[stem] = self.values(name)
             elif end == "weight" and "norm" in stem:
@@ -127,20 +127,31 @@ class _Uploader:
         values = self.values(name)
         return self.upload(values * np.float32(len(values) ** -0.5)).view(np.float32)
 
-    def split(self, name: str, layer: Layer) -> dict[str, Linear]:
-        """attn_k_b and attn_v_b of a file that stores them as one."""
-        parts = dict(zip(("attn_k_b", "attn_v_b"), split_rows(self.values(name), layer), strict=True))
-        return {
-            stem: Linear(Matrix("F32", math.prod(part.shape[:-1]), part.shape[-1], self.upload(part)))
-            for stem, part in parts.items()
-        }
+    def absorbed(self, stem: str, layer: Layer) -> dict[str, Linear]:
+        """attn_k_b [H, rank, plain] and attn_v_b [H, V, rank] of a file that has attn_kv_b, as float32.
+
+        Its rows are per head first K's, used here transposed, then V's. (A bias of K would add the same to all scores.)
+        """
+        whole = self.values(stem + ".weight")
+        if stem + ".scale" in self.views:
+            whole = whole * self.values(stem + ".scale")
+        by_head = whole.reshape(layer.head_count, -1, whole.shape[1])  # [H, plain + V, rank]
+        k, v = by_head[:, : -layer.value_length].transpose(0, 2, 1), by_head[:, -layer.value_length :]
+        bias = None
+        if stem + ".bias" in self.views:
+            values = self.values(stem + ".bias").reshape(layer.head_count, -1)[:, -layer.value_length :]
+            bias = self.upload(values).view(np.float32).reshape(values.shape)
+        return {"attn_k_b": Linear(self.stack(k)), "attn_v_b": Linear(self.stack(v), bias=bias)}
+
+    def stack(self, values: np.ndarray) -> Matrix:
+        """float32 [H, rows, cols] as one matrix."""
+        return Matrix("F32", values.shape[0] * values.shape[1], values.shape[2], self.upload(values))
 
 
 def is_matrix(name: str, view: View) -> bool:
     """Whether x is multiplied with this tensor ("attn_q.weight"), block by block as it is stored."""
     stem, _, end = name.rpartition(".")
-    stem = stem.rpartition(".")[2]
-    return end == "weight" and stem not in EXPANDED and (len(view.shape) > 1 or stem == "ffn_gate_inp_shexp")
+    return end == "weight" and len(view.shape) > 1 and stem.rpartition(".")[2] not in EXPANDED
 
 
 def check_formats(c: ModelConfig, views: Views, device: Device) -> None:

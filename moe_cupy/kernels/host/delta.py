@@ -49,7 +49,7 @@ def unit(x, epsilon, y):
 
 @njit(fastmath=REASSOCIATE)
 def step(q, k, v, gate, matrix, answer, out):
-    """One token of one head; q and k [K] of length one, v [V], gate (fade, share), matrix [K, V] in place, answer [V] is scratch."""
+    """One token of one head; q, k [K] of length one, v [V], gate (fade, share), matrix [K, V] in place."""
     fade, share = gate
     answer[:] = np.float32(0)
     for i in range(k.size):
