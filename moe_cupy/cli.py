@@ -76,12 +76,12 @@ def open_engine(args: argparse.Namespace) -> Any:
 def cmd_run(args: argparse.Namespace) -> None:
     """Text as it comes, then placement, tok/s, hits, bytes and stalls."""
     from moe_cupy.tools.report import side_by_side
-    from moe_ref.gguf import open_gguf
     from moe_ref.sampling import Sampler
+    from moe_ref.split import open_model
     from moe_ref.tokenizer import StreamDecoder
 
     sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
-    with open_gguf(args.model) as file:  # a mistake in the prompt is told before a large model is loaded
+    with open_model(args.model) as file:  # a mistake in the prompt is told before a large model is loaded
         text = prompt_text(args, file.metadata)
     with open_engine(args) as engine:
         ids = engine.tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
@@ -117,12 +117,12 @@ def cmd_logits(args: argparse.Namespace) -> None:
 
 def cmd_perplexity(args: argparse.Namespace) -> None:
     """Chunks of -c tokens, each a fresh context whose first token is not scored."""
-    from moe_ref.gguf import open_gguf
     from moe_ref.perplexity import chunk, perplexity, progress, report
+    from moe_ref.split import open_model
     from moe_ref.tokenizer import load_tokenizer
 
     args.ctx_size = args.ctx_size or 256
-    with open_gguf(args.model) as file:
+    with open_model(args.model) as file:
         ids = load_tokenizer(file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
     chunks = chunk(ids, args.ctx_size, args.chunks)
     with open_engine(args) as engine:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from moe_ref.block import Block
+from moe_ref.config import ModelConfig
 from moe_ref.kv import KV
 from moe_ref.kv_types import FLOAT32, Kept
+from moe_ref.layers import Layer
 from moe_ref.rope import Tables
 
 
@@ -98,12 +100,18 @@ def values(block: Block, x: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return block.unit_norm(v) if c.quirks.value_norm else v
 
 
-def temperature(block: Block, positions: np.ndarray) -> np.ndarray | float:
-    """Factor on q [T, 1, 1] that grows with the logarithm of the position, where the layer has no rotary positions."""
-    if block.config.temperature is None or (block.config.quirks.no_rope_every and block.layer.rope is not None):
-        return 1.0
-    scale, step, offset = block.config.temperature
-    return (1 + scale * np.log(np.floor((positions + offset) / step) + 1))[:, None, None]
+def temperature(c: ModelConfig, layer: Layer, positions: np.ndarray) -> np.ndarray | None:
+    """Factor on q [T] that grows with the logarithm of the position, where the layer has no rotary positions."""
+    if c.temperature is None or (c.quirks.no_rope_every and layer.rope is not None):
+        return None
+    scale, step, offset = c.temperature
+    return 1 + scale * np.log(np.floor((positions + offset) / step) + 1)
+
+
+def heated(block: Block, q: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Queries [T, H, K] times the temperature of their positions."""
+    factor = temperature(block.config, block.layer, positions)
+    return q if factor is None else (q * factor[:, None, None]).astype(q.dtype)
 
 
 def attention(block: Block, x: np.ndarray, positions: np.ndarray, rope: Tables | None, kv: KV) -> np.ndarray:
@@ -114,11 +122,10 @@ def attention(block: Block, x: np.ndarray, positions: np.ndarray, rope: Tables |
     k = heads(block, x, "k", layer.head_count_kv)  # [T, G, K]
     v = values(block, x, k)
     q, k = placed(block, q, "q", rope), placed(block, k, "k", rope)
-    q = (q * temperature(block, positions)).astype(x.dtype, copy=False)
     keys, past, at = kv.append(k, v, positions[0])  # [S, G, K], [S, G, V], [S]
     sinks = block.vector("attn_sinks.weight") if c.quirks.sinks else None
     seen = visible(positions, at, layer.window, layer.chunked)
-    mixed = attend(q, keys, past, layer.scale, seen, sinks, kv.kept)  # [T, H, V]
+    mixed = attend(heated(block, q, positions), keys, past, layer.scale, seen, sinks, kv.kept)  # [T, H, V]
     if gate is not None:
         mixed = mixed * sigmoid(gate)
     return block.linear(mixed.reshape(len(x), -1), "attn_output")

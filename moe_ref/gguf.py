@@ -142,6 +142,11 @@ class GGUFFile:
             raise self._source.fault(field, found, f"ranges in its {info.nbytes} bytes", "correct the range")
         return self._source.read(info.offset + start, wanted, field)
 
+    def home(self, name: str) -> GGUFFile:
+        """The file that a tensor's offset counts in: this one, or its part of a split file."""
+        del name
+        return self
+
     def close(self) -> None:
         self._source.file.close()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_ref.attention import attend, temperature, visible
+from moe_ref.attention import attend, heated, visible
 from moe_ref.block import Block
 from moe_ref.kv import KV
 from moe_ref.rope import Tables
@@ -29,7 +29,7 @@ def mla(
         k, v = rebuilt(block, latent)  # [T, H, plain], [T, H, V]
         k_rot = np.broadcast_to(k_rot, (*k.shape[:2], k_rot.shape[-1]))
     keys, values, at = kv.append(np.concatenate([k, k_rot], axis=-1), v, positions[0])
-    q = (np.concatenate([q, q_rot], axis=-1) * temperature(block, positions)).astype(x.dtype)
+    q = heated(block, np.concatenate([q, q_rot], axis=-1), positions)
     mixed = attend(q, keys, values, layer.scale, visible(positions, at, layer.window), kept=kv.kept)
     mixed = per_head(block, mixed, "attn_v_b") if absorbed else mixed  # [T, H, V]
     return block.linear(mixed.reshape(len(x), -1), "attn_output")

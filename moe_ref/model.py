@@ -22,7 +22,7 @@ from moe_ref.kv import Cache
 from moe_ref.kv_types import kept_as
 from moe_ref.layers import Layer
 from moe_ref.mla import mla
-from moe_ref.rope import Rope, scaled_tables
+from moe_ref.rope import scaled_tables
 from moe_ref.split import open_model
 from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.weights import DEFAULT_KEEP_BYTES, RoundedWeights, Weights
@@ -43,6 +43,16 @@ def check_ids(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray
     if len(wrong):
         raise ValueError(f"tokens: id {wrong[0]} is outside the vocabulary 0..{vocab_size - 1}")
     return ids.astype(np.int64)
+
+
+def divisors(c: ModelConfig, layer: Layer, names: Container[str]) -> str | None:
+    """The tensor that a layer's rotary frequencies are divided by; longrope has one for contexts beyond training's."""
+    assert layer.rope is not None
+    is_long = c.context_length > layer.rope.original_context_length
+    for name in ("rope_freqs.weight", f"rope_factors_{'long' if is_long else 'short'}.weight"):
+        if name in names and not (name == "rope_freqs.weight" and layer.window and not layer.chunked):
+            return name
+    return None
 
 
 class Model:
@@ -138,18 +148,12 @@ class Model:
         kv = cache.kv[layer.index]
         if layer.rope is None:
             return attention(block, x, positions, None, kv)
-        rope = scaled_tables(positions, layer.rope, self._divisors(layer, layer.rope), self.dtype)
+        name = divisors(self.config, layer, self.weights)
+        divisor = self.weights[name].astype(np.float64) if name else 1.0
+        rope = scaled_tables(positions, layer.rope, divisor, self.dtype)
         if layer.mixer == "mla":
             return mla(block, x, positions, rope, kv, self.absorb_mla)
         return attention(block, x, positions, rope, kv)
-
-    def _divisors(self, layer: Layer, rope: Rope) -> np.ndarray | float:
-        """What the file divides rotary frequencies by; longrope has a set for contexts longer than in training."""
-        is_long = self.config.context_length > rope.original_context_length
-        for name in ("rope_freqs", "rope_factors_long" if is_long else "rope_factors_short"):
-            if f"{name}.weight" in self.weights and not (name == "rope_freqs" and layer.window and not layer.chunked):
-                return self.weights[f"{name}.weight"].astype(np.float64)
-        return 1.0
 
     def _softcapped(self, logits: np.ndarray) -> np.ndarray:
         cap = self.dtype(self.config.final_logit_softcapping)

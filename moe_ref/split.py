@@ -32,7 +32,11 @@ class SplitGGUF(GGUFFile):
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> np.ndarray:
         """Raw bytes of a tensor, as ``GGUFFile.read``."""
-        return self._part_of.get(name, self.parts[0]).read(name, start, nbytes)
+        return self.home(name).read(name, start, nbytes)
+
+    def home(self, name: str) -> GGUFFile:
+        """The part that holds a tensor."""
+        return self._part_of.get(name, self.parts[0])
 
     def close(self) -> None:
         for part in self.parts:

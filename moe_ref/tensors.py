@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, replace
+from math import prod
 
 from moe_ref.config import ConfigError, ModelConfig, quirks_of
 from moe_ref.gguf import GGUFFile, TensorInfo
@@ -25,6 +26,16 @@ class View:
     stored: TensorInfo
     shape: Shape
     first: int = 0
+
+    def segment(self, index: int | None = None) -> tuple[int, int]:
+        """Where in the stored tensor all of this lies, or slice ``index`` of its first axis: first byte and count.
+
+        As a whole, a view of a part of each expert's matrix has no such place: its slices lie apart.
+        """
+        stored, shape = self.stored, self.shape if index is None else self.shape[1:]
+        unit = stored.nbytes // (stored.shape[0] if len(stored.shape) < 3 else prod(stored.shape[:-1]))  # a row
+        start = (index or 0) * (stored.nbytes // stored.shape[0]) + self.first * unit
+        return start, stored.nbytes * prod(shape) // prod(stored.shape)
 
 
 # What each part of a layer has. ``block`` is "blk.N.", ``names`` the tensors there are.
@@ -228,7 +239,7 @@ def check_tensors(c: ModelConfig, file: GGUFFile) -> dict[str, View]:
         if view.stored.type not in FORMATS:
             raise unsupported(name, view.stored.type)
     for name in found:
-        if name not in shapes and name + "?" not in shapes and not _predicts_further(c, name):
+        if name not in shapes and name + "?" not in shapes and not predicts_further(c, name):
             raise ConfigError(f"{name}: {c.architecture} has no use for this tensor; leaving it out would be a guess")
     return found
 
@@ -238,7 +249,7 @@ def _without_ones(shape: Shape) -> Shape:
     return _without_ones(shape[1:]) if shape[:1] == (1,) else shape
 
 
-def _predicts_further(c: ModelConfig, name: str) -> bool:
+def predicts_further(c: ModelConfig, name: str) -> bool:
     """Whether a tensor belongs to a layer behind the trunk, which predicts tokens after the next (nextn, MTP)."""
     number = name.removeprefix("blk.").partition(".")[0]
     behind = name.startswith("blk.") and number.isdecimal() and int(number) >= c.block_count

@@ -36,7 +36,7 @@ class Weights:
         self._kept: OrderedDict[Key, Any] = OrderedDict()
         self._kept_bytes = 0
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.views
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -78,24 +78,14 @@ class Weights:
 
     def _once(self, name: str, index: int | None, decoder: Decoder, in_parts: bool = False) -> Any:
         """What ``decoder`` makes of a tensor or a slice of it, unless that is still there."""
-        key, stored = (name, index, in_parts), self.views[name].stored
+        key, view = (name, index, in_parts), self.views[name]
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        start, shape = self._place(name, index)
-        nbytes = stored.nbytes * int(np.prod(shape, dtype=np.int64)) // int(np.prod(stored.shape, dtype=np.int64))
-        made = decoder(self.file.read(stored.name, start, nbytes), stored.type, shape, name)
+        shape = view.shape if index is None else view.shape[1:]
+        made = decoder(self.file.read(view.stored.name, *view.segment(index)), view.stored.type, shape, name)
         self._keep(key, made)
         return made
-
-    def _place(self, name: str, index: int | None) -> tuple[int, tuple[int, ...]]:
-        """First byte within the stored tensor, and shape."""
-        view = self.views[name]
-        if index is None:
-            return view.first * (view.stored.nbytes // _rows(view.stored.shape)), view.shape
-        slab = view.stored.nbytes // view.stored.shape[0]
-        first = view.first * (slab // view.stored.shape[1] if len(view.shape) > 2 else slab)
-        return index * slab + first, view.shape[1:]
 
     def _keep(self, key: Key, array: Any) -> None:
         if array.nbytes > self.keep_bytes:
@@ -112,8 +102,3 @@ class RoundedWeights(Weights):
     def product(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
         matrix: Matrix = self._once(name, index, decode, in_parts=True)
         return multiply(x.astype(np.float32, copy=False), matrix, index is not None).astype(x.dtype, copy=False)
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    """What ``View.first`` counts: rows of a matrix, elements of a vector."""
-    return shape[0] if len(shape) < 3 else int(np.prod(shape[:-1], dtype=np.int64))

@@ -18,13 +18,13 @@ from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.placement import Placement, place_experts
 from moe_cupy.engine.stats import Stats
-from moe_cupy.engine.supported import check_runs
 from moe_cupy.engine.weights import check_formats, load_dense
 from moe_cupy.prefetch import PREFETCHERS
+from moe_cupy.store import expert_layout
 from moe_ref.config import load_config
-from moe_ref.gguf import open_gguf
 from moe_ref.model import check_ids
 from moe_ref.sampling import Sampler
+from moe_ref.split import open_model
 from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
@@ -75,15 +75,15 @@ class Engine:
 
     def __init__(self, model: str | os.PathLike, *, _device: Device | None = None, **options: Any):
         self.options = o = Options(**options)
-        self.file = open_gguf(model)
+        self.file = open_model(model)
         self.config = load_config(self.file.metadata, vocab_rows(self.file))
-        check_runs(self.config, self.file, check_tensors(self.config, self.file))
+        self.views = check_tensors(self.config, self.file)
         self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads)
         self._tokenizer: Tokenizer | None = None
         self._resources: list[Any] = [self.device, self.file]
         self._finalizer = weakref.finalize(self, _close_all, self._resources)
         try:
-            check_formats(self.file, self.device)
+            check_formats(self.config, self.views, self.device)
             self._load()
         except BaseException:
             self.close()
@@ -146,8 +146,8 @@ class Engine:
         return self._timed(self._checked([token]), True, False)[-1]
 
     def reset(self) -> None:
-        """Begin a new sequence: the KV cache is emptied, resident experts stay."""
-        self.kv.length = 0
+        """Begin a new sequence: the KV cache and recurrent states are emptied, resident experts stay."""
+        self.kv.reset()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens parsed and added as the model's file says."""
@@ -196,11 +196,12 @@ class Engine:
 
     def _load(self) -> None:
         o, c = self.options, self.config
-        self.weights = load_dense(self.device, self.file, c, o.progress)
+        self.weights = load_dense(self.device, self.file, c, self.views, o.progress)
         self.mover, reason = None, ""
         if c.is_moe:
+            layout = expert_layout(self.file, self.views, c.block_count, c.expert_count)
             self.mover, reason = place_experts(
-                self.device, self.file, c, o.cache, o.policy, o.direct_io, o.reads_in_flight
+                self.device, layout, c.expert_used_count, o.cache, o.policy, o.direct_io, o.reads_in_flight
             )
             self._resources.append(self.mover.store)
         self.placement = Placement.of(self.weights.nbytes, self.mover, reason)
@@ -225,7 +226,7 @@ class Engine:
         except BaseException:
             self._recover()
             raise
-        self.kv.length += len(ids)
+        self.kv.advance(len(ids))
         self._count(len(ids), time.perf_counter() - start, is_prompt)
         return logits
 

@@ -8,17 +8,22 @@ early on this layer's hidden state) predicts is fetched meanwhile: copies overla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moe_cupy.device.base import Device
+from moe_cupy.engine import networks
+from moe_cupy.engine.block import Block, Pass, Scratch
 from moe_cupy.engine.experts import ExpertMover, Held
-from moe_cupy.engine.weights import DenseWeights, LayerWeights
+from moe_cupy.engine.mixers import MIXERS
+from moe_cupy.engine.weights import DenseWeights
 from moe_cupy.prefetch import Prefetcher
+from moe_cupy.store import MATRICES
+from moe_ref.attention import temperature
 from moe_ref.config import ModelConfig
-from moe_ref.rope import rope_tables
+from moe_ref.model import divisors
+from moe_ref.rope import scaled_tables
 
 Groups = dict[int, tuple[np.ndarray, np.ndarray]]  # expert -> (token indices, ranks)
 RouteObserver = Callable[[int, np.ndarray], None]  # told (layer, ids [T, k])
@@ -37,48 +42,6 @@ def group_by_expert(ids: np.ndarray) -> Groups:
     return groups
 
 
-@dataclass(frozen=True, slots=True)
-class Buffers:
-    """Activations of a pass over T tokens, in device memory; reused from pass to pass of the same T."""
-
-    x: Any  # [T, D] residual stream
-    h: Any  # [T, D] its norm
-    q: Any  # [T, H, K]
-    k: Any  # [T, G, K]
-    v: Any  # [T, G, V]
-    mixed: Any  # [T, H, V]
-    router: Any  # [T, E]
-    ids: Any  # int64 [T, k]
-    weights: Any  # [T, k]
-    ahead: Any  # int64 [T, k]: the next layer's routes, guessed
-    ahead_weights: Any  # [T, k]
-    parts: Any  # [T, k, D]
-
-
-def allocate(device: Device, c: ModelConfig, n_tokens: int) -> Buffers:
-    """Buffers for passes over ``n_tokens``."""
-
-    def array(*shape: int, dtype: type = np.float32) -> Any:
-        count = int(np.prod(shape))
-        return device.alloc(count * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
-
-    t, k = n_tokens, c.expert_used_count
-    return Buffers(
-        x=array(t, c.embedding_length),
-        h=array(t, c.embedding_length),
-        q=array(t, c.head_count, c.key_length),
-        k=array(t, c.head_count_kv, c.key_length),
-        v=array(t, c.head_count_kv, c.value_length),
-        mixed=array(t, c.head_count, c.value_length),
-        router=array(t, c.expert_count),
-        ids=array(t, k, dtype=np.int64),
-        weights=array(t, k),
-        ahead=array(t, k, dtype=np.int64),
-        ahead_weights=array(t, k),
-        parts=array(t, k, c.embedding_length),
-    )
-
-
 class Forward:
     """Runs passes over a model whose dense part is resident and whose experts come through ``mover``."""
 
@@ -94,104 +57,133 @@ class Forward:
         self.mover, self.prefetcher = mover, prefetcher
         self.stream = device.stream("compute")
         self.observe: RouteObserver | None = None
-        self._decode_buffers = allocate(device, config, 1)
+        self._decode_scratch = Scratch(device)
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
         """Logits [T, vocab] (or [1, vocab] of the last token) for tokens int64 [T] that follow ``kv.length``."""
-        c, b = self.config, self._buffers(len(tokens))
-        positions = kv.length + np.arange(len(tokens))
-        rope = rope_tables(positions, c.rope_dimension_count, c.rope_freq_base)
-        self._launch("embed", table=self.weights.token_embd, ids=tokens, out=b.x)
-        for layer, w in enumerate(self.weights.layers):
-            self._attention(w, b, kv, layer, rope)
-            self._norm(b.x, w.ffn_norm, b.h)
-            if w.ffn_gate_inp is None:
-                self._launch("ffn_add", x=b.h, gate=w.ffn_gate, up=w.ffn_up, down=w.ffn_down, out=b.x)
+        run = self._begin(tokens, kv)
+        for layer, w in zip(self.config.layers, self.weights.layers, strict=True):
+            block = Block(run, layer, w)
+            self._mix(block)
+            if layer.is_moe:
+                self._moe(block)
             else:
-                self._moe(layer, w, b)
-        return self._head(b.x[-1:] if last_only else b.x)
+                networks.dense(block)
+            if "layer_output_scale" in w.scales:
+                self._launch("scale", x=run.x, factor=float(w.scales["layer_output_scale"][0]))
+        return self._head(run, run.x[-1:] if last_only else run.x)
 
-    def _buffers(self, n_tokens: int) -> Buffers:
-        return self._decode_buffers if n_tokens == 1 else allocate(self.device, self.config, n_tokens)
+    def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
+        """The residual stream before the first layer, and what depends on the positions alone."""
+        c = self.config
+        scratch = self._decode_scratch if len(tokens) == 1 else Scratch(self.device)
+        positions = kv.length + np.arange(len(tokens))
+        x = scratch("x", len(tokens), c.embedding_length)
+        self._launch("embed", table=self.weights.token_embd, ids=tokens, out=x)
+        if c.embedding_scale != 1.0:
+            self._launch("scale", x=x, factor=c.embedding_scale)
+        heat = {layer.index: temperature(c, layer, positions) for layer in c.layers} if c.temperature else {}
+        return Pass(
+            config=c, launch=self._launch, scratch=scratch, kv=kv, tables=self._tables(positions),
+            temperature={i: t.astype(np.float32) for i, t in heat.items() if t is not None}, x=x,
+        )  # fmt: skip
+
+    def _tables(self, positions: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Cosines and sines of each layer that has rotary positions; equal ones are computed once."""
+        made: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        tables = {}
+        for layer in self.config.layers:
+            if layer.rope is None or layer.mixer == "delta":
+                continue
+            name = divisors(self.config, layer, self.weights.divisors)
+            if (layer.rope, name) not in made:
+                divisor = self.weights.divisors[name] if name else 1.0
+                made[layer.rope, name] = scaled_tables(positions, layer.rope, divisor)
+            tables[layer.index] = made[layer.rope, name]
+        return tables
 
     def _launch(self, op: str, **buffers: Any) -> None:
         self.device.launch(op, self.stream, **buffers)
 
-    def _norm(self, x: Any, weight: Any, out: Any) -> None:
-        self._launch("rms_norm", x=x, weight=weight, epsilon=self.config.norm_epsilon, out=out)
-
-    def _head(self, x: Any) -> np.ndarray:
-        w, n_vocab = self.weights, self.config.vocab_size
-        logits = self.device.alloc(4 * len(x) * n_vocab).view(np.float32).reshape(len(x), n_vocab)
-        self._norm(x, w.output_norm, x)
-        self._launch("linear", x=x, w=w.output, out=logits)
+    def _head(self, run: Pass, x: Any) -> np.ndarray:
+        c, w = self.config, self.weights
+        logits = self.device.alloc(4 * len(x) * c.vocab_size).view(np.float32).reshape(len(x), c.vocab_size)
+        weight, bias = w.output_norm
+        centred = c.quirks.norm == "layer"
+        self._launch("norm", x=x, weight=weight, bias=bias, epsilon=c.norm_epsilon, centred=centred, out=x)
+        self._launch("linear", x=x, out=logits, **w.output.arguments())
+        if c.logit_scale != 1.0:
+            self._launch("scale", x=logits, factor=1 / c.logit_scale)
+        if c.final_logit_softcapping:
+            self._launch("softcap", x=logits, limit=c.final_logit_softcapping)
         self.stream.record().synchronize()
         return logits
 
-    def _attention(self, w: LayerWeights, b: Buffers, kv: Any, layer: int, rope: tuple[np.ndarray, np.ndarray]) -> None:
-        c, n_tokens = self.config, len(b.x)
-        self._norm(b.x, w.attn_norm, b.h)
-        for matrix, out in ((w.attn_q, b.q), (w.attn_k, b.k), (w.attn_v, b.v)):
-            self._launch("linear", x=b.h, w=matrix, out=out.reshape(n_tokens, -1))
-        for heads, gain in ((b.q, w.attn_q_norm), (b.k, w.attn_k_norm)):
-            if gain is not None:
-                self._norm(heads, gain, heads)
-            self._launch("rope", x=heads, cos=rope[0], sin=rope[1], style=c.quirks.rope)
-        keys, values = kv.layer(layer)
-        self._launch("kv_store", cache=keys, new=b.k, position=kv.length)
-        self._launch("kv_store", cache=values, new=b.v, position=kv.length)
-        self._launch(
-            "attention", q=b.q, k=keys, v=values, n_past=kv.length, scale=c.attention_scale, out=b.mixed
-        )
-        self._launch("linear_add", x=b.mixed.reshape(n_tokens, -1), w=w.attn_output, out=b.x)
+    def _mix(self, block: Block) -> None:
+        mixer, last = MIXERS[block.layer.mixer]
+        h = block.norm(block.run.x, "attn_norm", block.buffer("h", self.config.embedding_length))
+        block.add_product(mixer(block, h), last, "post_attention_norm")
 
-    def _route(self, w: LayerWeights, b: Buffers, ids: Any, weights: Any) -> None:
-        c = self.config
-        self._launch("linear", x=b.h, w=w.ffn_gate_inp, out=b.router)
-        self._launch(
-            "route",
-            logits=b.router,
-            scale=c.expert_weights_scale,
-            renormalise=c.renormalise,
-            ids=ids,
-            weights=weights,
-        )
+    def _ahead(self, block: Block) -> Any:
+        """The next layer's routes [T, k] if its router saw the residual stream as it is; None if it has none."""
+        following = block.layer.index + 1
+        if not self.prefetcher.needs_next_router or following == len(self.config.layers):
+            return None
+        if not self.config.layers[following].is_moe:
+            return None
+        guess = Block(block.run, self.config.layers[following], self.weights.layers[following])
+        return networks.route(guess, networks.router_logits(guess, "ahead ")[1], "ahead ")[0]
 
-    def _moe(self, layer: int, w: LayerWeights, b: Buffers) -> None:
-        guess = self.prefetcher.needs_next_router and layer + 1 < len(self.weights.layers)
-        if guess:
-            ahead = self.weights.layers[layer + 1]
-            self._norm(b.x, ahead.ffn_norm, b.h)
-            self._route(ahead, b, b.ahead, b.ahead_weights)
-            self._norm(b.x, w.ffn_norm, b.h)
-        self._route(w, b, b.ids, b.weights)
+    def _moe(self, block: Block) -> None:
+        layer, c = block.layer.index, self.config
+        ahead = self._ahead(block)
+        h, logits = networks.router_logits(block)
+        ids, weights = networks.route(block, logits)
         self.stream.record().synchronize()  # the routes are on the host now
         if self.observe is not None:
-            self.observe(layer, b.ids.copy())
-        self._experts(layer, b, self.prefetcher.predict(b.ahead.tolist()) if guess else [])
-        self._launch("combine", parts=b.parts, weights=b.weights, out=b.x)
+            self.observe(layer, ids.copy())
+        expected = [] if ahead is None else self.prefetcher.predict(ahead.tolist())
+        parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
+        extra = {"x": h, "parts": parts, "weights": weights if c.quirks.weigh == "input" else None}
+        others = self._experts(block, ids, expected, extra)
+        networks.join(block, parts, weights, others)
 
-    def _experts(self, layer: int, b: Buffers, expected: Sequence[int]) -> None:
+    def _experts(self, block: Block, ids: Any, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
+        """Launch the experts of ids [T, k]; returns what is beside them, computed while the first are loaded."""
         assert self.mover is not None
-        groups = group_by_expert(b.ids)
+        layer, groups = block.layer.index, group_by_expert(ids)
         waves = self.mover.waves(layer, list(groups))
         held = self.mover.acquire(layer, waves[0])
+        others = networks.beside(block, buffers["x"])
         for following in (*waves[1:], None):
             if following is None and expected:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})
-            self._compute(held, groups, b)
+            self._compute(layer, held, groups, buffers)
             if following is not None:
                 held = self.mover.acquire(layer, following, self._keep(layer, held))
+        return others
 
     def _keep(self, layer: int, held: Sequence[Held]) -> set[int]:
         """What to pin while the next wave loads: this wave, unless the pool has a single slot."""
         assert self.mover is not None
         return {one.key for one in held} if self.mover.cache.pool(layer).slots > 1 else set()
 
-    def _compute(self, held: Sequence[Held], groups: Groups, b: Buffers) -> None:
+    def _compute(self, layer: int, held: Sequence[Held], groups: Groups, buffers: dict[str, Any]) -> None:
         assert self.mover is not None
         for one in held:
             if one.ready is not None:
                 self.stream.wait(one.ready, WAIT_EXPERTS)
-            self._launch("expert", x=b.h, chosen=groups[one.expert], parts=b.parts, **one.matrices)
+            extra = self._extra(layer, one.expert)
+            self._launch("expert", chosen=groups[one.expert], **buffers, **extra, **one.matrices)
         self.mover.used(held, self.stream.record())
+
+    def _extra(self, layer: int, expert: int) -> dict[str, Any]:
+        """What one expert's network has beside its matrices: activation, scales and biases of their products."""
+        w = self.weights.layers[layer]
+        return {
+            "activation": self.config.quirks.activation,
+            "scales": {m: float(w.scales[f"ffn_{m}_exps"][expert]) for m in MATRICES if f"ffn_{m}_exps" in w.scales},
+            "biases": {
+                m: w.vectors[f"ffn_{m}_exps.bias"][expert] for m in MATRICES if f"ffn_{m}_exps.bias" in w.vectors
+            },
+        }

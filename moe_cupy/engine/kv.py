@@ -1,4 +1,4 @@
-"""Keys and values of one sequence in device memory, allocated once for the whole context."""
+"""What earlier tokens of one sequence left behind, in device memory, allocated once for the whole context."""
 
 from __future__ import annotations
 
@@ -9,41 +9,88 @@ import numpy as np
 
 from moe_cupy.device.base import Device
 from moe_ref.config import ModelConfig
+from moe_ref.layers import Layer
 
 KV_TYPES: dict[str, type] = {"f32": np.float32, "f16": np.float16}
+Shape = tuple[int, ...]
 
 
 class DeviceKV:
-    """``length`` tokens seen of at most ``capacity``. Raises ValueError for an unknown type or too little memory."""
+    """``length`` tokens seen of at most ``capacity``. Raises ValueError for an unknown type or too little memory.
+
+    Keys and values of a token are written where they stay; until ``advance`` counts it, a pass can be run again.
+    A recurrent layer has one state, so it has it twice: a pass reads one and writes the other, ``advance`` exchanges
+    them. An empty sequence reads zeros instead, so ``reset`` touches no memory.
+    """
 
     def __init__(self, device: Device, c: ModelConfig, capacity: int, type_k: str, type_v: str):
         self.length, self.capacity = 0, capacity
-        keys = (capacity, c.head_count_kv, c.key_length)
-        values = (capacity, c.head_count_kv, c.value_length)
-        self.nbytes = c.block_count * (_bytes(keys, type_k) + _bytes(values, type_v))
-        free = device.memory()[0]
-        if self.nbytes > free:
-            fits = capacity * free // self.nbytes
-            raise ValueError(
-                f"-c {capacity}: the KV cache would take {self.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
-                f"free; use at most -c {fits}, or -ctk f16 -ctv f16"
-            )
+        kept = [_kept_shapes(c, layer, capacity) for layer in c.layers]
+        per_context = sum(_bytes(s, kind) for shapes in kept for s, kind in zip(shapes, (type_k, type_v), strict=False))
+        states = [_state_shapes(c) if layer.mixer == "delta" else () for layer in c.layers]
+        fixed = 3 * sum(4 * math.prod(shape) for shapes in states for shape in shapes)
+        self.nbytes = per_context + fixed
+        self._check(device.memory()[0] - fixed, per_context)
         self._layers = [
-            (_array(device, keys, type_k), _array(device, values, type_v)) for _ in range(c.block_count)
+            tuple(_array(device, s, kind) for s, kind in zip(shapes, (type_k, type_v), strict=False)) for shapes in kept
         ]
+        self._states = [
+            tuple(tuple(_array(device, shape, "f32") for shape in shapes) for _ in range(3)) for shapes in states
+        ]
+        self._current = 0
 
     def layer(self, index: int) -> tuple[Any, Any]:
-        """Keys [capacity, G, K] and values [capacity, G, V] of a layer."""
-        return self._layers[index]
+        """Keys [capacity, G, K] and values [capacity, G, V] of a layer; latent attention has one array for both."""
+        kept = self._layers[index]
+        return kept[0], kept[-1]
+
+    def state(self, index: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Of a recurrent layer (last inputs [C - 1, channels], matrices [H, S, S]): to be read, and to be written."""
+        zeros, *both = self._states[index]
+        return (both[self._current] if self.length else zeros), both[1 - self._current]
+
+    def advance(self, n_tokens: int) -> None:
+        """A pass over ``n_tokens`` has succeeded."""
+        self.length += n_tokens
+        self._current = 1 - self._current
+
+    def reset(self) -> None:
+        """Begin a new sequence."""
+        self.length = 0
+
+    def _check(self, free: int, wanted: int) -> None:
+        if wanted > free:
+            fits = self.capacity * max(0, free) // wanted
+            raise ValueError(
+                f"-c {self.capacity}: the KV cache would take {wanted / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
+                f"free; use at most -c {fits}, or -ctk f16 -ctv f16"
+            )
 
 
-def _bytes(shape: tuple[int, ...], kind: str) -> int:
+def _kept_shapes(c: ModelConfig, layer: Layer, capacity: int) -> tuple[Shape, ...]:
+    """Of keys and values, or of what latent attention keeps for both: the latent and the key that all heads share."""
+    if layer.mixer == "delta":
+        return ()
+    if layer.mixer == "mla":
+        assert c.mla is not None and layer.rope is not None
+        return ((capacity, 1, c.mla.kv_lora_rank + layer.rope.n_rot),)
+    return (capacity, layer.head_count_kv, layer.key_length), (capacity, layer.head_count_kv, layer.value_length)
+
+
+def _state_shapes(c: ModelConfig) -> tuple[Shape, ...]:
+    assert c.delta is not None
+    d = c.delta
+    channels = 2 * d.key_width + d.value_width
+    return (d.conv_kernel - 1, channels), (d.time_step_rank, d.state_size, d.state_size)
+
+
+def _bytes(shape: Shape, kind: str) -> int:
     if kind not in KV_TYPES:
         raise ValueError(f"KV cache type {kind!r} is not supported; supported: {', '.join(KV_TYPES)}")
     return math.prod(shape) * np.dtype(KV_TYPES[kind]).itemsize
 
 
-def _array(device: Device, shape: tuple[int, ...], kind: str) -> Any:
+def _array(device: Device, shape: Shape, kind: str) -> Any:
     memory = device.alloc(_bytes(shape, kind))
     memory[...] = 0  # takes the pages now: memory in use does not grow with the text
     return memory.view(KV_TYPES[kind]).reshape(shape)

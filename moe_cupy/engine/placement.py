@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from moe_cupy.cache import POLICIES, BudgetError, ExpertCache, Request, SizeClass, allot, parse_cache
 from moe_cupy.device.base import Device
 from moe_cupy.engine.experts import ExpertMover
-from moe_cupy.store import ExpertStore, Layout, RangeFile, expert_layout
-from moe_ref.config import ModelConfig
-from moe_ref.gguf import GGUFFile
+from moe_cupy.store import ExpertStore, Layout
 
 AUTO_SHARE_OF_FREE = 0.6  # of free memory that --cache auto takes for experts
 
@@ -35,10 +33,10 @@ class Placement:
         return cls(
             dense_bytes=dense_bytes,
             routed_bytes=layout.routed_bytes(),
-            experts=layout.expert_count * len(layout.layers),
+            experts=layout.expert_total(),
             slots=sum(pool.slots for pool in mover.cache.pools),
             cache_bytes=mover.cache_bytes,
-            how_read=mover.store.file.how,
+            how_read=mover.store.how,
             reason=reason,
         )
 
@@ -75,16 +73,18 @@ def cache_request(text: str, classes: list[SizeClass], free_bytes: int) -> tuple
 
 
 def place_experts(
-    device: Device, file: GGUFFile, config: ModelConfig, cache: str, policy: str, direct_io: bool, in_flight: int
+    device: Device, layout: Layout, used: int, cache: str, policy: str, direct_io: bool, in_flight: int
 ) -> tuple[ExpertMover, str]:
-    """Open the store and allocate the slots. Raises BudgetError if the budget cannot hold one token's experts."""
-    layout: Layout = expert_layout(file, config.block_count, config.expert_count)
-    store = ExpertStore(RangeFile(file.path, direct_io), layout)
+    """Open the store and allocate the slots; a token uses ``used`` experts of a layer.
+
+    Raises BudgetError if the budget cannot hold one token's experts.
+    """
+    store = ExpertStore(layout, direct_io)
     try:
         classes = size_classes(store)
         request, reason = cache_request(cache, classes, device.memory()[0])
-        slots = allot(request, classes, config.expert_used_count)
-        experts = ExpertCache(config.expert_count, layout.class_of_layer, slots, POLICIES[policy])
+        slots = allot(request, classes, used)
+        experts = ExpertCache(layout.expert_count, layout.class_of_layer, slots, POLICIES[policy])
         return ExpertMover(device, store, experts, in_flight), reason
     except (BudgetError, MemoryError):
         store.close()

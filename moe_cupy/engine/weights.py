@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,25 +14,37 @@ from moe_cupy.device.base import Device
 from moe_cupy.kernels.matrix import Matrix
 from moe_ref.config import ModelConfig
 from moe_ref.gguf import GGUFFile
+from moe_ref.layers import Layer
 from moe_ref.quants import FormatError, dequantize
+from moe_ref.tensors import View, predicts_further
+
+Views = Mapping[str, View]
+EXPERTS = tuple(f"ffn_{matrix}_exps" for matrix in ("gate", "up", "down"))
+EXPANDED = ("ssm_conv1d", "attn_kv_b")  # tensors of two axes that are not multiplied with as they are stored
+ROUTER_NORM = "router_norm"  # gemma4's: ffn_gate_inp.scale / sqrt(D), the weight of a norm before the router
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A matrix, and what the file says is done to its product: ``scale * x W^T + bias``."""
+
+    w: Matrix  # [rows, cols], or a stack of them, one below the other
+    scale: Any = 1.0  # a number; of a stack, one for each [H]
+    bias: Any = None  # [rows], of a stack [H, rows]
+
+    def arguments(self) -> dict[str, Any]:
+        """As the op ``linear`` takes them."""
+        return {"w": self.w, "scale": self.scale, "bias": self.bias}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer, attributes named like the GGUF tensors; vectors float32, matrices in block format."""
+    """One layer by the GGUF's names without "blk.N.": matrices and norms by their stem, vectors by all of it."""
 
-    attn_norm: Any
-    attn_q: Matrix
-    attn_k: Matrix
-    attn_v: Matrix
-    attn_output: Matrix
-    ffn_norm: Any
-    attn_q_norm: Any = None  # [K], where the architecture normalises heads
-    attn_k_norm: Any = None
-    ffn_gate_inp: Matrix | None = None  # router, in a layer of routed experts
-    ffn_gate: Matrix | None = None  # dense FFN
-    ffn_up: Matrix | None = None
-    ffn_down: Matrix | None = None
+    linears: dict[str, Linear] = field(default_factory=dict)
+    norms: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # weight, bias or None
+    vectors: dict[str, Any] = field(default_factory=dict)  # float32
+    scales: dict[str, np.ndarray] = field(default_factory=dict)  # on the host: experts' [E], layer's [1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,60 +52,131 @@ class DenseWeights:
     """Everything that is resident for good."""
 
     token_embd: Matrix
-    output_norm: Any
-    output: Matrix
+    output_norm: tuple[Any, Any]
+    output: Linear
+    divisors: dict[str, np.ndarray]  # of rotary frequencies, on the host
     layers: tuple[LayerWeights, ...]
     nbytes: int
 
 
 class _Uploader:
-    def __init__(self, device: Device, file: GGUFFile):
-        self.device, self.file, self.nbytes = device, file, 0
+    def __init__(self, device: Device, file: GGUFFile, views: Views):
+        self.device, self.file, self.views, self.nbytes = device, file, views, 0
 
-    def _upload(self, raw: np.ndarray) -> Any:
+    def upload(self, raw: np.ndarray) -> Any:
         self.nbytes += raw.nbytes
         target = self.device.alloc(raw.nbytes)
-        target[...] = raw  # at load time: nothing is overlapped with it
+        target[...] = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)  # at load time: nothing overlaps with it
         return target
 
+    def raw(self, name: str) -> np.ndarray:
+        view = self.views[name]
+        return self.file.read(view.stored.name, *view.segment())
+
     def matrix(self, name: str) -> Matrix:
-        info = self.file.tensors[name]
-        return Matrix(info.type, info.shape[0], info.shape[1], self._upload(self.file.read(name)))
+        """A matrix, or the matrices of a stack one below the other."""
+        view = self.views[name]
+        return Matrix(view.stored.type, math.prod(view.shape[:-1]), view.shape[-1], self.upload(self.raw(name)))
+
+    def values(self, name: str) -> np.ndarray:
+        view = self.views[name]
+        return dequantize(self.raw(name), view.stored.type, view.shape, name)
 
     def vector(self, name: str) -> Any:
-        info = self.file.tensors[name]
-        values = dequantize(self.file.read(name), info.type, info.shape, name)
-        return self._upload(values.view(np.uint8)).view(np.float32)
+        values = self.values(name)
+        return self.upload(values).view(np.float32).reshape(values.shape)
 
-    def layer(self, block: str) -> LayerWeights:
-        loaded = {}
-        for field in LayerWeights.__dataclass_fields__:
-            name = f"{block}{field}.weight"
-            if name in self.file.tensors:
-                loaded[field] = self.vector(name) if field.endswith("norm") else self.matrix(name)
-        return LayerWeights(**loaded)
+    def linear(self, stem: str) -> Linear:
+        scale: Any = 1.0
+        if (view := self.views.get(stem + ".scale")) is not None:
+            is_stack = len(self.views[stem + ".weight"].shape) > 2
+            scale = self.vector(stem + ".scale") if is_stack else float(self.values(stem + ".scale")[0])
+            scale = scale if is_stack or view.shape == (1,) else 1.0
+        bias = self.vector(stem + ".bias") if stem + ".bias" in self.views else None
+        return Linear(self.matrix(stem + ".weight"), scale, bias)
+
+    def norm(self, stem: str) -> tuple[Any, Any]:
+        return self.vector(stem + ".weight"), self.vector(stem + ".bias") if stem + ".bias" in self.views else None
+
+    def layer(self, layer: Layer) -> LayerWeights:
+        """All tensors of a layer but the routed experts' matrices."""
+        block, made = f"blk.{layer.index}.", LayerWeights()
+        for name in (name for name in self.views if name.startswith(block)):
+            stem, _, end = name.removeprefix(block).rpartition(".")
+            if stem in EXPERTS:
+                if end == "bias":
+                    made.vectors[stem + ".bias"] = self.vector(name)
+                elif end == "scale":
+                    made.scales[stem] = self.values(name)
+            elif stem == "ffn_gate_inp" and end == "scale" and self.views[name].shape != (1,):
+                made.norms[ROUTER_NORM] = self.router_norm(name), None
+            elif stem == "attn_kv_b":
+                if end == "weight":
+                    made.linears.update(self.absorbed(block + stem, layer))
+            elif stem == "layer_output_scale":
+                made.scales[stem] = self.values(name)
+            elif end == "weight" and "norm" in stem:
+                made.norms[stem] = self.norm(block + stem)
+            elif is_matrix(name, self.views[name]):
+                made.linears[stem] = self.linear(block + stem)
+            elif end == "weight" or f"{block}{stem}.weight" not in self.views:  # else it belongs to a matrix or norm
+                made.vectors[name.removeprefix(block)] = self.vector(name)
+        return made
+
+    def router_norm(self, name: str) -> Any:
+        values = self.values(name)
+        return self.upload(values * np.float32(len(values) ** -0.5)).view(np.float32)
+
+    def absorbed(self, stem: str, layer: Layer) -> dict[str, Linear]:
+        """attn_k_b [H, rank, plain] and attn_v_b [H, V, rank] of a file that has attn_kv_b, as float32.
+
+        Its rows are per head first K's, used here transposed, then V's. (A bias of K would add the same to all scores.)
+        """
+        whole = self.values(stem + ".weight")
+        if stem + ".scale" in self.views:
+            whole = whole * self.values(stem + ".scale")
+        by_head = whole.reshape(layer.head_count, -1, whole.shape[1])  # [H, plain + V, rank]
+        k, v = by_head[:, : -layer.value_length].transpose(0, 2, 1), by_head[:, -layer.value_length :]
+        bias = None
+        if stem + ".bias" in self.views:
+            values = self.values(stem + ".bias").reshape(layer.head_count, -1)[:, -layer.value_length :]
+            bias = self.upload(values).view(np.float32).reshape(values.shape)
+        return {"attn_k_b": Linear(self.stack(k)), "attn_v_b": Linear(self.stack(v), bias=bias)}
+
+    def stack(self, values: np.ndarray) -> Matrix:
+        """float32 [H, rows, cols] as one matrix."""
+        return Matrix("F32", values.shape[0] * values.shape[1], values.shape[2], self.upload(values))
 
 
-def check_formats(file: GGUFFile, device: Device) -> None:
+def is_matrix(name: str, view: View) -> bool:
+    """Whether x is multiplied with this tensor ("attn_q.weight"), block by block as it is stored."""
+    stem, _, end = name.rpartition(".")
+    return end == "weight" and len(view.shape) > 1 and stem.rpartition(".")[2] not in EXPANDED
+
+
+def check_formats(c: ModelConfig, views: Views, device: Device) -> None:
     """Raise FormatError for the first matrix of a type that the device's ops do not take (vectors are expanded)."""
-    for info in file.tensors.values():
-        if len(info.shape) > 1 and info.type not in device.formats:
+    for name, view in views.items():
+        if is_matrix(name, view) and view.stored.type not in device.formats and not predicts_further(c, name):
             raise FormatError(
-                f"{info.name}: the {device.name} device has no kernel for type {info.type}; it takes "
+                f"{name}: the {device.name} device has no kernel for type {view.stored.type}; it takes "
                 f"{', '.join(device.formats)}; requantize the file, or use moe_ref"
             )
 
 
-def load_dense(device: Device, file: GGUFFile, config: ModelConfig, progress: bool = False) -> DenseWeights:
+def load_dense(
+    device: Device, file: GGUFFile, config: ModelConfig, views: Views, progress: bool = False
+) -> DenseWeights:
     """Copy the dense tensors of a checked file to the device. Raises GGUFError if the file cannot be read."""
-    blocks = tqdm(range(config.block_count), "loading dense part", unit="layer", disable=not progress, leave=False)
-    up = _Uploader(device, file)
+    layers = tqdm(config.layers, "loading dense part", unit="layer", disable=not progress, leave=False)
+    up = _Uploader(device, file, views)
     token_embd = up.matrix("token_embd.weight")
-    tied = "output.weight" not in file.tensors
+    factors = [name for name in config.quirks.rope_factors if name in views]
     return DenseWeights(
         token_embd=token_embd,
-        output_norm=up.vector("output_norm.weight"),
-        output=token_embd if tied else up.matrix("output.weight"),
-        layers=tuple(up.layer(f"blk.{i}.") for i in blocks),
+        output_norm=up.norm("output_norm"),
+        output=up.linear("output") if "output.weight" in views else Linear(token_embd),
+        divisors={name: up.values(name).astype(np.float64) for name in factors},
+        layers=tuple(map(up.layer, layers)),
         nbytes=up.nbytes,
     )

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.kernels.matrix import Matrix
-from moe_ref.attention import attend
-from moe_ref.experts import swiglu
-from moe_ref.norm import rms_norm as ref_rms_norm
+from moe_ref import deltanet
+from moe_ref.attention import attend, clamped, sigmoid, visible
+from moe_ref.experts import ACTIVATIONS, silu
+from moe_ref.norm import l2_norm, layer_norm, rms_norm
 from moe_ref.quants import dequantize
 from moe_ref.rope import apply_rope
 from moe_ref.routing import route as ref_route
@@ -21,51 +22,131 @@ def expand(w: Matrix) -> np.ndarray:
     return dequantize(w.data, w.type, (w.rows, w.cols)).astype(np.float64)
 
 
+def wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64)
+
+
+def product(x: np.ndarray, w: Matrix, scale: float = 1.0, bias: Any = None) -> np.ndarray:
+    y = wide(x) @ expand(w).T * scale
+    return y if bias is None else y + bias
+
+
 def embed(table: Matrix, ids: np.ndarray, out: np.ndarray) -> None:
     out[...] = expand(table)[ids]
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray) -> None:
-    out[...] = ref_rms_norm(x.astype(np.float64), weight.astype(np.float64), epsilon)
+def linear(x: np.ndarray, w: Matrix, out: np.ndarray, scale: float = 1.0, bias: Any = None) -> None:
+    out[...] = product(x, w, scale, bias)
 
 
-def linear(x: np.ndarray, w: Matrix, out: np.ndarray) -> None:
-    out[...] = x.astype(np.float64) @ expand(w).T
+def linear_add(x: np.ndarray, w: Matrix, out: np.ndarray, scale: float = 1.0, bias: Any = None) -> None:
+    out += product(x, w, scale, bias)
 
 
-def linear_add(x: np.ndarray, w: Matrix, out: np.ndarray) -> None:
-    out += x.astype(np.float64) @ expand(w).T
+def linear_heads(x: np.ndarray, w: Matrix, out: np.ndarray, scale: Any = 1.0, bias: Any = None) -> None:
+    stack = expand(w).reshape(x.shape[1], -1, w.cols)  # [H, rows, cols]
+    y = np.einsum("thi,hoi->tho", wide(x)[..., : w.cols], stack) * np.reshape(scale, (-1, 1))
+    out[..., : stack.shape[1]] = y if bias is None else y + bias
 
 
-def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, style: str) -> None:
-    x[...] = apply_rope(x.astype(np.float64), cos, sin, style)
+def norm(x: Any, weight: Any, epsilon: float, out: Any, bias: Any = None, centred: bool = False) -> None:
+    width = x.shape[-1] if weight is None else len(weight)
+    gain = np.ones(width) if weight is None else wide(weight)
+    y = (layer_norm if centred else rms_norm)(wide(x[..., :width]), gain, epsilon)
+    out[..., :width] = y if bias is None else y + bias
+
+
+def columns(x: np.ndarray, first: int, out: np.ndarray, at: int, count: int) -> None:
+    out[:, at : at + count] = x[:, first : first + count]
+
+
+def scale(x: np.ndarray, factor: float) -> None:
+    x *= factor
+
+
+def add(x: np.ndarray, factor: float, out: np.ndarray) -> None:
+    out += factor * wide(x)
+
+
+def clamp(x: np.ndarray, limit: float) -> None:
+    x[...] = clamped(x, limit)
+
+
+def softcap(x: np.ndarray, limit: float) -> None:
+    x[...] = np.tanh(x / limit) * limit
+
+
+def activate(gate: np.ndarray, up: np.ndarray, kind: str) -> None:
+    gate[...] = ACTIVATIONS[kind](wide(gate), wide(up))
+
+
+def sigmoid_gate(x: np.ndarray, gate: np.ndarray) -> None:
+    x *= sigmoid(wide(gate))
+
+
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, style: str, first: int = 0) -> None:
+    x[..., first:] = apply_rope(wide(x[..., first:]), cos, sin, style)
 
 
 def kv_store(cache: np.ndarray, new: np.ndarray, position: int) -> None:
     cache[position : position + len(new)] = new
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, out: np.ndarray) -> None:
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, out: np.ndarray, *,
+    window: int = 0, chunked: bool = False, sinks: Any = None, temperature: Any = None,
+) -> None:  # fmt: skip
     seen = n_past + len(q)
-    out[...] = attend(q.astype(np.float64), k[:seen].astype(np.float64), v[:seen].astype(np.float64), scale)
+    q = wide(q) if temperature is None else wide(q) * wide(temperature)[:, None, None]
+    masked = visible(np.arange(n_past, seen), np.arange(seen), window, chunked)
+    sinks = None if sinks is None else wide(sinks)
+    out[...] = attend(q, wide(k[:seen]), wide(v[:seen, :, : out.shape[-1]]), scale, masked, sinks)
 
 
-def route(logits: np.ndarray, scale: float, renormalise: bool, ids: np.ndarray, weights: np.ndarray) -> None:
+def convolve(x: np.ndarray, before: np.ndarray, kernel: np.ndarray, after: np.ndarray, out: np.ndarray) -> None:
+    total, after[...] = deltanet.convolve(wide(x), wide(before), wide(kernel))
+    out[...] = silu(total)
+
+
+def delta_gates(alpha: Any, beta: Any, dt: Any, a: Any, fade: Any, share: Any) -> None:
+    fade[...] = np.exp(np.logaddexp(0, wide(alpha) + dt) * a)
+    share[...] = sigmoid(wide(beta))
+
+
+def delta_rule(
+    qkv: Any, fade: Any, share: Any, key_heads: int, epsilon: float, out: Any, *, tiled: bool, before: Any, after: Any
+) -> None:
+    n_tokens, heads, width = out.shape
+    q, k, v = np.split(wide(qkv), [key_heads * width, 2 * key_heads * width], axis=-1)
+    which = np.arange(heads) % key_heads if tiled else np.arange(heads) // (heads // key_heads)
+    q, k = (l2_norm(y.reshape(n_tokens, key_heads, width), epsilon)[:, which] for y in (q, k))
+    v = v.reshape(n_tokens, heads, width)
+    out[...], after[...] = deltanet.recur(q, k, v, wide(fade), wide(share), wide(before))
+
+
+def route(
+    logits: np.ndarray, scale: float, renormalise: bool, ids: np.ndarray, weights: np.ndarray, *,
+    gating: str = "softmax", by_logit: bool = False, bias: Any = None, groups: int = 1, groups_used: int = 1,
+) -> None:  # fmt: skip
     config: Any = SimpleNamespace(
-        gating="softmax", renormalise=renormalise, expert_used_count=ids.shape[1], expert_weights_scale=scale,
-        expert_group_count=1, quirks=SimpleNamespace(select_by="probability"),
+        gating=gating, renormalise=renormalise, expert_used_count=ids.shape[1], expert_weights_scale=scale,
+        expert_group_count=groups, expert_group_used_count=groups_used,
+        quirks=SimpleNamespace(select_by="logit" if by_logit else "probability"),
     )  # fmt: skip
-    ids[...], weights[...] = ref_route(logits.astype(np.float64), config)
+    ids[...], weights[...] = ref_route(wide(logits), config, bias)
 
 
-def ffn_add(x: np.ndarray, gate: Matrix, up: Matrix, down: Matrix, out: np.ndarray) -> None:
-    out += swiglu(x.astype(np.float64), (expand(gate), expand(up), expand(down)))
+def expert(
+    x: np.ndarray, chosen: Any, gate: Matrix, up: Matrix, down: Matrix, parts: np.ndarray, *,
+    activation: str = "silu", weights: Any = None, scales: Any = None, biases: Any = None,
+) -> None:  # fmt: skip
+    scales, biases, x = scales or {}, biases or {}, wide(x[chosen[0]])
+    if weights is not None:
+        x = x * weights[chosen][:, None]
+    g, u = (product(x, w, scales.get(n, 1.0), biases.get(n)) for n, w in (("gate", gate), ("up", up)))
+    parts[chosen] = product(ACTIVATIONS[activation](g, u), down, scales.get("down", 1.0), biases.get("down"))
 
 
-def expert(x: np.ndarray, chosen: Any, gate: Matrix, up: Matrix, down: Matrix, parts: np.ndarray) -> None:
-    tokens, ranks = chosen
-    parts[tokens, ranks] = swiglu(x[tokens].astype(np.float64), (expand(gate), expand(up), expand(down)))
-
-
-def combine(parts: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
-    out += np.einsum("tk,tkd->td", weights.astype(np.float64), parts.astype(np.float64))
+def combine(parts: np.ndarray, weights: Any, out: np.ndarray, add: bool = True) -> None:
+    total = parts.sum(axis=1, dtype=np.float64) if weights is None else np.einsum("tk,tkd->td", wide(weights), parts)
+    out[...] = out + total if add else total

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from moe_cupy.device.host import HostDevice
 from moe_cupy.kernels.cases import random_matrix
-from moe_cupy.store import MATRICES, ExpertStore, RangeFile, StoreError, expert_layout
-from moe_ref.gguf import open_gguf
+from moe_cupy.store import MATRICES, ExpertStore, Layout, RangeFile, StoreError, expert_layout
+from moe_ref.gguf import GGUFFile, open_gguf
+from moe_ref.tensors import View
 from tests.gguf_writer import write_gguf
 
 TRAINED = Path(__file__).resolve().parents[2] / "data" / "moe-40m-Q4_K_M.gguf"
@@ -275,10 +276,15 @@ def odd(tmp_path_factory) -> Path:
     return path
 
 
+def layout_of(gguf: GGUFFile, layers: int, experts: int) -> Layout:
+    views = {name: View(info, info.shape) for name, info in gguf.tensors.items()}
+    return expert_layout(gguf, views, layers, experts)
+
+
 def check_every_expert(path: Path, layers: int, experts: int, direct: bool) -> None:
     """Each slot of each class holds, after a read, exactly what GGUFFile.read gives, and its neighbours nothing."""
     with open_gguf(path) as gguf:
-        store = ExpertStore(RangeFile(path, direct), expert_layout(gguf, layers, experts))
+        store = ExpertStore(layout_of(gguf, layers, experts), direct)
         for layer in range(layers):
             size = store.slot_bytes(store.layout.class_of_layer[layer])
             memory = aligned(3 * size)
@@ -290,7 +296,7 @@ def check_every_expert(path: Path, layers: int, experts: int, direct: bool) -> N
                     tensor = gguf.tensors[f"blk.{layer}.ffn_{name}_exps.weight"]
                     nbytes = tensor.nbytes // experts
                     want = gguf.read(tensor.name, expert * nbytes, nbytes)
-                    assert np.array_equal(view, want), f"layer {layer}, expert {expert}, {name}, {store.file.how}"
+                    assert np.array_equal(view, want), f"layer {layer}, expert {expert}, {name}, {store.how}"
             assert (memory[:size] == POISON).all() and (memory[2 * size :] == POISON).all(), f"layer {layer} overflows"
         store.close()
 
@@ -301,7 +307,7 @@ def test_views_of_every_expert_of_the_trained_model_are_its_bytes(direct):
         arch = gguf.metadata["general.architecture"]
         layers, experts = gguf.metadata[f"{arch}.block_count"], gguf.metadata[f"{arch}.expert_count"]
         types = [tuple(gguf.tensors[f"blk.{i}.ffn_{m}_exps.weight"].type for m in MATRICES) for i in range(layers)]
-        layout = expert_layout(gguf, layers, experts)
+        layout = layout_of(gguf, layers, experts)
     assert len(set(types)) == len(layout.classes) == 2, "the model must mix formats, or the test says little"
     assert [types.index(t) for t in types] == [layout.class_of_layer.index(c) for c in layout.class_of_layer]
     check_every_expert(TRAINED, layers, experts, direct)
@@ -315,7 +321,7 @@ def test_views_of_experts_of_odd_sizes_are_their_bytes(odd, direct):
 @MODES
 def test_regions_of_a_slot_do_not_overlap_and_fill_no_more_than_the_slot(odd, direct):
     with open_gguf(odd) as gguf:
-        store = ExpertStore(RangeFile(odd, direct), expert_layout(gguf, len(ODD), EXPERTS))
+        store = ExpertStore(layout_of(gguf, len(ODD), EXPERTS), direct)
     for layer in range(len(ODD)):
         slot = aligned(store.slot_bytes(store.layout.class_of_layer[layer]))
         for expert in range(EXPERTS):
@@ -331,7 +337,7 @@ def test_regions_of_a_slot_do_not_overlap_and_fill_no_more_than_the_slot(odd, di
 
 def test_size_classes_are_those_of_equal_types_and_shapes_in_order_of_appearance(odd):
     with open_gguf(odd) as gguf:
-        layout = expert_layout(gguf, len(ODD), EXPERTS)
+        layout = layout_of(gguf, len(ODD), EXPERTS)
     assert layout.class_of_layer == (0, 1, 0, 2)
     assert [[(t.type, t.rows, t.cols) for t in c] for c in layout.classes] == [list(ODD[i]) for i in (0, 1, 3)]
     # F16 3x7 twice and F32 7x3; Q4_0 5x32 (18 bytes a block), Q8_0 5x32 (34), F16 32x5; F16, F32 3x7, F32 7x3
@@ -343,7 +349,7 @@ def test_size_classes_are_those_of_equal_types_and_shapes_in_order_of_appearance
 
 def test_a_failed_read_names_expert_layer_and_tensor(odd, monkeypatch):
     with open_gguf(odd) as gguf:
-        store = ExpertStore(RangeFile(odd, False), expert_layout(gguf, len(ODD), EXPERTS))
+        store = ExpertStore(layout_of(gguf, len(ODD), EXPERTS), False)
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: 0)
     with pytest.raises(StoreError, match=rf"expert 3 of layer 2 \(blk\.2\.ffn_gate_exps\.weight\): {odd}: ends at"):
         store.read(2 * EXPERTS + 3, aligned(store.slot_bytes(0)))

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from moe_cupy.kernels.host import layer, matmul
+from moe_cupy.kernels.host import attention as attending
+from moe_cupy.kernels.host import delta, layer, matmul, routing
 from moe_cupy.kernels.matrix import Matrix
 
 Split = Callable[..., None]
 Chosen = tuple[np.ndarray, np.ndarray]  # token indices [n] and ranks [n] of the tokens that chose an expert
+Vector = np.ndarray | None  # None: there is none
+NONE = np.empty(0, np.float32)
 
 
-def _multiply(split: Split, x: np.ndarray, w: Matrix, y: np.ndarray) -> None:
+def _vector(x: Vector) -> np.ndarray:
+    return NONE if x is None else x
+
+
+# Matrices
+
+
+def _multiply(split: Split, x: np.ndarray, w: Matrix, y: np.ndarray, scale: float = 1.0, bias: Vector = None) -> None:
     kind, row_bytes = matmul.layout(w)
     split(matmul.matmul_rows, w.rows, w.cols * len(x), kind, row_bytes, w.data, x, y)
+    if scale != 1.0:
+        y *= np.float32(scale)
+    if bias is not None:
+        y += bias
 
 
 def embed(split: Split, table: Matrix, ids: np.ndarray, out: np.ndarray) -> None:
@@ -24,27 +38,101 @@ def embed(split: Split, table: Matrix, ids: np.ndarray, out: np.ndarray) -> None
     split(matmul.embed_rows, len(ids), table.cols, kind, row_bytes, table.data, ids, out)
 
 
-def rms_norm(split: Split, x: np.ndarray, weight: np.ndarray, epsilon: float, out: np.ndarray) -> None:
-    """out = rms_norm(x) * weight over the last axis; x [n, width] or [T, heads, width]."""
-    width = x.shape[-1]
-    layer.rms_norm(x.reshape(-1, width), weight, np.float32(epsilon), out.reshape(-1, width))
+def linear(
+    split: Split, x: np.ndarray, w: Matrix, out: np.ndarray, scale: float = 1.0, bias: Vector = None
+) -> None:
+    """out = scale * x W^T + bias; x [T, cols], bias [rows], out [T, rows]."""
+    _multiply(split, x, w, out, scale, bias)
 
 
-def linear(split: Split, x: np.ndarray, w: Matrix, out: np.ndarray) -> None:
-    """out = x W^T; x [T, cols], out [T, rows]."""
-    _multiply(split, x, w, out)
-
-
-def linear_add(split: Split, x: np.ndarray, w: Matrix, out: np.ndarray) -> None:
-    """out += x W^T: a projection back into the residual stream."""
+def linear_add(
+    split: Split, x: np.ndarray, w: Matrix, out: np.ndarray, scale: float = 1.0, bias: Vector = None
+) -> None:
+    """out += scale * x W^T + bias: a projection back into the residual stream."""
     y = np.empty_like(out)
-    _multiply(split, x, w, y)
+    _multiply(split, x, w, y, scale, bias)
     out += y
 
 
-def rope(split: Split, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, style: str) -> None:
-    """Rotate x [T, heads, K] in place."""
-    layer.rope(x, cos, sin, style == "neox")
+def linear_heads(
+    split: Split, x: np.ndarray, w: Matrix, out: np.ndarray, scale: float | np.ndarray = 1.0, bias: Vector = None
+) -> None:
+    """out[t, h, :rows] = scale[h] * W[h] x[t, h, :cols] + bias[h]; x and out [T, H, .], bias [H, rows].
+
+    w holds the H matrices one below the other.
+    """
+    rows = w.rows // x.shape[1]
+    split(matmul.matmul_heads, w.rows, w.cols * len(x), matmul.layout(w), (rows, w.cols), w.data, x, out)
+    if np.size(scale) > 1 or scale != 1.0:
+        out[..., :rows] *= np.reshape(scale, (-1, 1)).astype(np.float32)
+    if bias is not None:
+        out[..., :rows] += bias
+
+
+# Rows and elements
+
+
+def norm(
+    split: Split,
+    x: np.ndarray,
+    weight: Vector,
+    epsilon: float,
+    out: np.ndarray,
+    bias: Vector = None,
+    centred: bool = False,
+) -> None:
+    """out = x / sqrt(mean(x^2) + epsilon) * weight + bias over the last axis, of x less its mean if ``centred``.
+
+    x and out [..., width]; a shorter weight normalises as many leading features, without one all.
+    """
+    width, weight = x.shape[-1], _vector(weight)
+    rows = x.reshape(-1, width)
+    counted = weight.size or width
+    layer.norm(rows, counted, weight, _vector(bias), np.float32(epsilon), centred, out.reshape(-1, width))
+
+
+def columns(split: Split, x: np.ndarray, first: int, out: np.ndarray, at: int, count: int) -> None:
+    """out[:, at : at + count] = x[:, first : first + count]; both [n, .]."""
+    out[:, at : at + count] = x[:, first : first + count]
+
+
+def scale(split: Split, x: np.ndarray, factor: float) -> None:
+    """x *= factor."""
+    x *= np.float32(factor)
+
+
+def add(split: Split, x: np.ndarray, factor: float, out: np.ndarray) -> None:
+    """out += factor * x."""
+    out += np.float32(factor) * x
+
+
+def clamp(split: Split, x: np.ndarray, limit: float) -> None:
+    """x within -limit..limit."""
+    np.clip(x, np.float32(-limit), np.float32(limit), out=x)
+
+
+def softcap(split: Split, x: np.ndarray, limit: float) -> None:
+    """x = limit * tanh(x / limit)."""
+    np.tanh(x / np.float32(limit), out=x)
+    x *= np.float32(limit)
+
+
+def activate(split: Split, gate: np.ndarray, up: np.ndarray, kind: str) -> None:
+    """gate = act(gate) * up, both [n, F]; ``kind`` as in ``moe_ref.experts.ACTIVATIONS``."""
+    layer.activate(layer.ACTIVATIONS[kind], gate, up)
+
+
+def sigmoid_gate(split: Split, x: np.ndarray, gate: np.ndarray) -> None:
+    """x *= sigmoid(gate); x [n, width], gate [n, width] or [n, 1]."""
+    layer.gate_by(x, gate)
+
+
+# Attention
+
+
+def rope(split: Split, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, style: str, first: int = 0) -> None:
+    """Rotate the features from ``first`` on of x [T, heads, K] in place; cos and sin [T, n_rot/2]."""
+    layer.rope(x, cos, sin, style == "neox", first)
 
 
 def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) -> None:
@@ -53,42 +141,136 @@ def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) ->
 
 
 def attention(
-    split: Split, q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, out: np.ndarray
+    split: Split,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    n_past: int,
+    scale: float,
+    out: np.ndarray,
+    *,
+    window: int = 0,
+    chunked: bool = False,
+    sinks: Vector = None,
+    temperature: Vector = None,
 ) -> None:
-    """Causal grouped-query attention; q [T, H, K], caches k and v [S, G, .], out [T, H, V]."""
+    """Causal grouped-query attention; q [T, H, K], caches k [S, G, K] and v [S, G, at least V], out [T, H, V].
+
+    A query sees ``window`` positions, its own included, or those since the last multiple of it if ``chunked``; 0: all.
+    ``sinks`` [H] are logits that take a share and have no value; ``temperature`` [T] multiplies a query's scores.
+    """
     n_tokens, heads, width = q.shape
-    k, v = (np.asarray(c[: n_past + n_tokens], np.float32) for c in (k, v))
-    work = 2 * width * (n_past + n_tokens)
-    split(layer.attention, n_tokens * heads, work, q, k, v, np.float32(scale), out)
+    at = attending.oldest.py_func(n_past, window, chunked)
+    keys = np.asarray(k[at : n_past + n_tokens], np.float32)
+    values = keys if v is k else np.asarray(v[at : n_past + n_tokens], np.float32)
+    scales = np.full(n_tokens, scale, np.float32)
+    if temperature is not None:
+        scales *= temperature
+    work = 2 * width * len(keys)
+    factors, seen = (scales, _vector(sinks)), (n_past, at, window, int(chunked))
+    split(attending.attention, n_tokens * heads, work, q, (keys, values), factors, seen, out)
 
 
-def route(split: Split, logits: np.ndarray, scale: float, renormalise: bool, ids: np.ndarray, weights: np.ndarray):
-    """Router logits [T, E] -> ids int64 [T, k], best first, and weights [T, k] (softmax gating)."""
-    layer.route_softmax(logits, np.float32(scale), renormalise, ids, weights)
+# Recurrence
 
 
-def _swiglu(split: Split, x: np.ndarray, gate: Matrix, up: Matrix, down: Matrix) -> np.ndarray:
-    g, u = np.empty((len(x), gate.rows), np.float32), np.empty((len(x), up.rows), np.float32)
-    _multiply(split, x, gate, g)
-    _multiply(split, x, up, u)
-    layer.swiglu(g, u)
-    y = np.empty((len(x), down.rows), np.float32)
-    _multiply(split, g, down, y)
-    return y
+def convolve(
+    split: Split, x: np.ndarray, before: np.ndarray, kernel: np.ndarray, after: np.ndarray, out: np.ndarray
+) -> None:
+    """out = silu of each channel's weighted sum of its last C inputs; ``after`` keeps the last C - 1.
+
+    x and out [T, channels], before and after [C - 1, channels], kernel [channels, C].
+    """
+    delta.convolve(x, before, kernel, after, out)
 
 
-def ffn_add(split: Split, x: np.ndarray, gate: Matrix, up: Matrix, down: Matrix, out: np.ndarray) -> None:
-    """out += down(silu(gate x) * up x): a dense feed-forward network."""
-    out += _swiglu(split, x, gate, up, down)
+def delta_gates(
+    split: Split, alpha: np.ndarray, beta: np.ndarray, dt: np.ndarray, a: np.ndarray, fade: np.ndarray,
+    share: np.ndarray,
+) -> None:  # fmt: skip
+    """fade = exp(softplus(alpha + dt) * a), share = sigmoid(beta); all [T, H], dt and a [H]."""
+    delta.gates(alpha, beta, dt, a, fade, share)
+
+
+def delta_rule(
+    split: Split,
+    qkv: np.ndarray,
+    fade: np.ndarray,
+    share: np.ndarray,
+    key_heads: int,
+    epsilon: float,
+    out: np.ndarray,
+    *,
+    tiled: bool,
+    before: np.ndarray,
+    after: np.ndarray,
+) -> None:
+    """The gated delta rule for T tokens: state before -> after [H, S, S], out [T, H, S].
+
+    qkv [T, (2 * key_heads + H) * S] side by side; q and k are brought to length one. fade and share [T, H].
+    """
+    n_tokens, heads, width = out.shape
+    rule = (key_heads, tiled, np.float32(epsilon))
+    split(delta.recur, heads, 3 * n_tokens * width * width, qkv, (fade, share), rule, (before, after), out)
+
+
+# Experts
+
+
+def route(
+    split: Split,
+    logits: np.ndarray,
+    scale: float,
+    renormalise: bool,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    *,
+    gating: str = "softmax",
+    by_logit: bool = False,
+    bias: Vector = None,
+    groups: int = 1,
+    groups_used: int = 1,
+) -> None:
+    """Router logits [T, E] -> ids int64 [T, k], best first, and weights [T, k].
+
+    ``bias`` [E] steers the selection alone, which is by probability or ``by_logit``, and within the best groups.
+    """
+    rule = (routing.GATINGS[gating], int(by_logit), groups, groups_used, int(renormalise))
+    routing.route(logits, _vector(bias), rule, np.float32(scale), ids, weights)
 
 
 def expert(
-    split: Split, x: np.ndarray, chosen: Chosen, gate: Matrix, up: Matrix, down: Matrix, parts: np.ndarray
+    split: Split,
+    x: np.ndarray,
+    chosen: Chosen,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    parts: np.ndarray,
+    *,
+    activation: str = "silu",
+    weights: Vector = None,
+    scales: Mapping[str, float] | None = None,
+    biases: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """parts[token, rank] = expert(x[token]) for the chosen (tokens, ranks); x [T, D], parts [T, k, D]."""
-    parts[chosen] = _swiglu(split, x[chosen[0]], gate, up, down)
+    """parts[token, rank] = expert(x[token]) for the chosen (tokens, ranks); x [T, D], parts [T, k, D].
+
+    ``weights`` [T, k] multiply what goes in. ``scales`` and ``biases`` hold those of "gate", "up" and "down", if any.
+    """
+    scales, biases, x = scales or {}, biases or {}, x[chosen[0]]
+    if weights is not None:
+        x *= weights[chosen][:, None]
+
+    def product(name: str, x: np.ndarray, w: Matrix) -> np.ndarray:
+        y = np.empty((len(x), w.rows), np.float32)
+        _multiply(split, x, w, y, scales.get(name, 1.0), biases.get(name))
+        return y
+
+    g, u = product("gate", x, gate), product("up", x, up)
+    layer.activate(layer.ACTIVATIONS[activation], g, u)
+    parts[chosen] = product("down", g, down)
 
 
-def combine(split: Split, parts: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
-    """out += sum over rank of weights [T, k] * parts [T, k, D], always in rank order."""
-    layer.combine(parts, weights, out)
+def combine(split: Split, parts: np.ndarray, weights: Vector, out: np.ndarray, add: bool = True) -> None:
+    """out += sum over rank of weights [T, k] * parts [T, k, D], always in rank order; or = if not ``add``."""
+    layer.combine(parts, np.empty((len(parts), 0), np.float32) if weights is None else weights, add, out)

@@ -1,0 +1,69 @@
+"""Grouped-query attention over a cache, with what some models add: windows, chunks, sinks, temperature."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+REASSOCIATE = {"reassoc", "contract", "nsz"}
+
+
+@njit(fastmath=REASSOCIATE)
+def scores_of(q, k, scale, scores):
+    """scores[s] = scale * q.k[s]; returns the largest. q [K], k [S, K] strided."""
+    top = np.float32(-np.inf)
+    for s in range(k.shape[0]):
+        total = np.float32(0)
+        for i in range(q.size):
+            total += q[i] * k[s, i]
+        scores[s] = total * scale
+        top = max(top, scores[s])
+    return top
+
+
+@njit(fastmath=REASSOCIATE)
+def mix(scores, top, total, v, out):
+    """out = exp(scores - top) @ v / (total + their sum); v [S, at least V] strided, out [V]."""
+    out[:] = np.float32(0)
+    for s in range(v.shape[0]):
+        p = np.float32(math.exp(scores[s] - top))
+        total += p
+        for i in range(out.size):
+            out[i] += p * v[s, i]
+    for i in range(out.size):
+        out[i] /= total
+
+
+@njit
+def oldest(position, window, chunked):
+    """The first position that a query sees."""
+    if not window:
+        return 0
+    return position // window * window if chunked else max(0, position - window + 1)
+
+
+@njit(
+    "void(f4[:, :, ::1], UniTuple(f4[:, :, ::1], 2), UniTuple(f4[::1], 2), UniTuple(i8, 4), f4[:, :, ::1], i8, i8)",
+    nogil=True,
+    cache=True,
+)
+def attention(q, past, factors, seen, out, first, last):
+    """Attention for (token, head) pairs first..last-1 of T*H.
+
+    ``past`` is k [S, G, K] and v [S, G, at least V] of the positions from ``at`` on, ``factors`` are scale [T] and
+    sinks [H] or [0], ``seen`` is (n_past, at, window, chunked); q [T, H, K] at positions n_past.., out [T, H, V].
+    """
+    (k, v), (scale, sinks), (n_past, at, window, chunked) = past, factors, seen
+    heads = q.shape[1]
+    per_group = heads // k.shape[1]
+    scores = np.empty(k.shape[0], np.float32)
+    for pair in range(first, last):
+        t, h = pair // heads, pair % heads
+        low, high, g = oldest(n_past + t, window, chunked) - at, n_past + t + 1 - at, h // per_group
+        top, total = scores_of(q[t, h], k[low:high, g], scale[t], scores), np.float32(0)
+        if sinks.size:
+            top = max(top, sinks[h])
+            total = np.float32(math.exp(sinks[h] - top))
+        mix(scores, top, total, v[low:high, g], out[t, h])
