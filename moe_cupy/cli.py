@@ -1,4 +1,4 @@
-"""Command line of the runtime: run | logits | perplexity | check | bench | doctor."""
+"""Command line of the runtime: run | logits | perplexity | check | bench | doctor | routes | replay | synth."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_cupy.cache import POLICIES
 from moe_cupy.device import CHOICES
+from moe_cupy.lab_commands import add_routes
 from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.command import (
     RequestError,
@@ -218,6 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="start with an empty cache")
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
+    add_routes(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser

@@ -16,7 +16,7 @@ from moe_ref.block import Block, normalise
 from moe_ref.config import ModelConfig, load_config
 from moe_ref.deltanet import delta_net
 from moe_ref.experts import Expert
-from moe_ref.feed_forward import feed_forward
+from moe_ref.feed_forward import Observer, feed_forward
 from moe_ref.gguf import GGUFFile
 from moe_ref.kv import Cache
 from moe_ref.layers import Layer
@@ -46,7 +46,7 @@ class Model:
     """A model read from a GGUF file; weights are decoded when first needed.
 
     ``observe(name, array)`` is told each layer's ``l_out-N`` [T, D] (residual stream after layer N),
-    ``ffn_moe_topk-N`` [T, k] and ``ffn_moe_weights-N`` [T, k], under llama.cpp's names for them.
+    ``ffn_moe_logits-N`` [T, E], ``ffn_moe_topk-N`` and ``ffn_moe_weights-N`` [T, k], as llama.cpp names them.
     Raises GGUFError, ConfigError or FormatError for a file that cannot be run.
     """
 
@@ -62,7 +62,7 @@ class Model:
             raise
         self.weights = Weights(self.file, dtype, keep_bytes, views)
         self.dtype = dtype
-        self.observe = _ignore
+        self.observe: Observer = _ignore
 
     def close(self) -> None:
         """Close the file; what is decoded already stays usable."""

@@ -21,7 +21,6 @@ from moe_ref.config import ModelConfig
 from moe_ref.rope import rope_tables
 
 Groups = dict[int, tuple[np.ndarray, np.ndarray]]  # expert -> (token indices, ranks)
-RouteObserver = Callable[[int, np.ndarray], None]  # told (layer, ids [T, k])
 WAIT_EXPERTS = "expert load"
 _ONE = np.zeros(1, np.int64)
 
@@ -77,6 +76,9 @@ def allocate(device: Device, c: ModelConfig, n_tokens: int) -> Buffers:
         ahead_weights=array(t, k),
         parts=array(t, k, c.embedding_length),
     )
+
+
+RouteObserver = Callable[[int, Buffers], None]  # told (layer, buffers whose ids, weights, router, ahead are known)
 
 
 class Forward:
@@ -167,7 +169,7 @@ class Forward:
         self._route(w, b, b.ids, b.weights)
         self.stream.record().synchronize()  # the routes are on the host now
         if self.observe is not None:
-            self.observe(layer, b.ids.copy())
+            self.observe(layer, b)
         self._experts(layer, b, self.prefetcher.predict(b.ahead.tolist()) if guess else [])
         self._launch("combine", parts=b.parts, weights=b.weights, out=b.x)
 

@@ -172,7 +172,7 @@ def test_counters_follow_from_the_routes(tmp_path):
     path = tiny_moe(tmp_path / "m.gguf", Shape(layers=3, experts=6, used=2))
     routed = []
     with Engine(path, cache="100%") as engine:
-        engine.forward.observe = lambda layer, ids: routed.extend((layer, int(e)) for e in ids[0])
+        engine.forward.observe = lambda layer, b: routed.extend((layer, int(e)) for e in b.ids[0])
         for token in range(20):
             engine.decode(token)
         stats, slab = engine.stats, engine.mover.layout.expert_bytes(0)
