@@ -57,7 +57,9 @@ def test_trained_model_writes_the_same_128_tokens_at_every_cache_size_policy_and
     want, want_logits, full = run(TRAINED, PROMPTS, 128, cache="100%")
     assert full.evictions == 0
     assert [len(tokens) for tokens in want] == [128] * 3
-    for cache, policy, prefetch in itertools.product(("100%", "50%", "25%", "slots:8"), POLICIES, PREFETCHERS):
+    runs = list(itertools.product(("100%", "50%", "25%", "slots:8"), ("lru", "echo"), PREFETCHERS))
+    runs += [("25%", policy, "next-gate") for policy in POLICIES]
+    for cache, policy, prefetch in runs:
         got, logits, stats = run(TRAINED, PROMPTS, 128, cache=cache, policy=policy, prefetch=prefetch)
         assert got == want, f"{cache} {policy} {prefetch}"
         assert np.array_equal(logits, want_logits), f"{cache} {policy} {prefetch}"
