@@ -134,3 +134,86 @@ def add_routes(commands: Any) -> None:
     imported.add_argument("-o", "--output", required=True, help=".npz file to write")
     imported.add_argument("--format", choices=["csv", "jsonl", "llama.cpp"], help="default: by name and content")
     imported.add_argument("--experts", type=number(1, 65536), help="experts a layer has (default: highest id + 1)")
+
+
+def cmd_replay(args: argparse.Namespace) -> None:
+    """Replay route traces through caches of many sizes, policies and prefetchers, always beside Belady."""
+    from moe_cupy.lab import report, runs
+    from moe_cupy.lab.machine import Machine
+
+    if args.report and not args.report.endswith((".html", ".md")):
+        raise RequestError(f"--report {args.report}: expected a name that ends in .html or .md")
+    machine = Machine(
+        link_bytes_s=args.link_gbs * 1e9, link_latency_s=args.link_us * 1e-6, attention_s=args.attention_us * 1e-6,
+        device_bytes_s=args.device_gbs * 1e9, host_share=args.host / 100, disk_bytes_s=args.disk_gbs * 1e9,
+    )  # fmt: skip
+    todo = runs.jobs(
+        args.routes, args.policy, args.prefetch, _capacities(args.capacity), scope=args.scope, machine=machine,
+        expert_bytes=args.expert_bytes, tokens=args.tokens, profile=args.profile,
+    )  # fmt: skip
+    rows = []
+    for row in runs.run_all(todo, args.jobs):
+        rows.append(row)
+        note(f"{len(rows)}/{len(todo)} {row['routes']} {row['capacity']:g} {row['policy']} + {row['prefetch']}: "
+             f"{100 * row['hit_rate']:.2f}%")  # fmt: skip
+    if args.report:
+        _write_report(args, rows)
+    if args.json:
+        print_json({"results": rows})
+    else:
+        print(report.table(rows))
+
+
+def _write_report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    from moe_cupy.lab import report
+
+    command = f"python -m moe_cupy replay --routes … --policy {args.policy} --prefetch {args.prefetch} " \
+              f"--capacity {args.capacity}"  # fmt: skip
+    page = report.page(rows, command) if args.report.endswith(".html") else report.markdown(rows, command, args.report)
+    with whole_file(args.report) as out:
+        out.write(page.encode())
+    note(f"{args.report}: written")
+
+
+def _capacities(text: str) -> list[float]:
+    try:
+        shares = [float(word.rstrip("%")) / (100 if word.endswith("%") else 1) for word in text.split(",")]
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < share <= 1 for share in shares):
+        raise RequestError(f"--capacity {text[:60]}: expected shares above 0, up to 1, such as 0.05,0.1,25%")
+    return list(dict.fromkeys(shares))
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text[:40]!r}")
+    return value
+
+
+def add_replay(commands: Any) -> None:
+    """``replay``."""
+    sub = commands.add_parser("replay", help=cmd_replay.__doc__, description=cmd_replay.__doc__)
+    sub.set_defaults(run=cmd_replay)
+    add = sub.add_argument
+    add("--routes", nargs="+", required=True, metavar="TRACE", help=".npz traces")
+    add("--policy", default="all", help="names with commas between, or all (default)")
+    add("--prefetch", default="none", help="names with commas between, or all (default none)")
+    add("--capacity", default="0.05,0.1,0.25", help="shares of all experts (default 0.05,0.1,0.25)")
+    add("--scope", choices=["global", "layer"], default="global", help="one pool, or one a layer (default global)")
+    add("--tokens", type=number(1), help="replay only the first N tokens")
+    add("--profile", metavar="TRACE", help="chooses the set of the policy static (default: the trace itself)")
+    add("--expert-bytes", type=number(1), help="bytes of one expert (default: by the model's name)")
+    add("--link-gbs", type=_positive, default=50.0, help="GB/s of host to device copies (default 50: PCIe 5.0 x16)")
+    add("--link-us", type=_positive, default=10.0, help="latency of a copy in us (default 10)")
+    add("--attention-us", type=_positive, default=60.0, help="a layer without its experts in us (default 60)")
+    add("--device-gbs", type=_positive, default=960.0, help="GB/s of device memory (default 960)")
+    add("--host", type=_positive, default=100.0, help="%% of the experts that host memory holds (default 100)")
+    add("--disk-gbs", type=_positive, default=6.0, help="GB/s of the disk behind it (default 6)")
+    add("--jobs", type=number(1), help="processes (default: one a core)")
+    add("--report", metavar="FILE", help="also write .html, or .md with pictures beside it")
+    add("--json", action="store_true", help="one JSON object as the last line of stdout")

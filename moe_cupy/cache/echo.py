@@ -93,7 +93,7 @@ class Echo:
         self._users_of: list[list[int]] = [[] for _ in range(TOKENS)]  # keys used by the token at each position
         self._last = [-LONGEST_REST] * pairs  # the last token that used a key
         self._odds, self._prior = [0.0] * pairs, [0.0] * pairs  # of habit: its log-odds, and PRIOR x its probability
-        self._known = [-1] * pairs  # the turn of its layer after which these were computed
+        self._known = [-2] * pairs  # the turn of its layer after which these were computed
         self._q, self._seen = [0.0] * pairs, [0] * pairs  # probability of use at the next turn, the event it is from
         self._turn = [-1] * geometry.layers  # the token of each layer's last turn
         self._resident: list[set[int]] = [set() for _ in range(geometry.layers)]

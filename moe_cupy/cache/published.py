@@ -8,7 +8,7 @@ from moe_cupy.cache.policies import Geometry, Scores
 from moe_cupy.cache.ranked import Ranked
 
 HIGH_PRECISION_UP_TO = 0.6  # T1: share of gate weight before an expert's turn up to which it is loaded in full
-HOBBIT_WEIGHTS = (0.25, 0.25, 0.25, 0.25)  # recency, uses, high-precision uses, layer distance; theirs are not published
+HOBBIT_WEIGHTS = (0.25, 0.25, 0.25, 0.25)  # recency, uses, uses in high precision, layer distance; theirs are unknown
 HYBRIMOE_ALPHA = 0.5
 
 
@@ -64,7 +64,7 @@ class LHU(Hobbit):
 
 
 class ActivationMatrix(Ranked):
-    """MoE-Infinity: (1 - layers until its turn / (L+1)) x share of its layer's uses in this sequence x uses while here."""
+    """MoE-Infinity: (1 - layers ahead / (L+1)) x share of this sequence's uses of the layer x uses while here."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)

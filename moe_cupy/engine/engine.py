@@ -148,6 +148,9 @@ class Engine:
     def reset(self) -> None:
         """Begin a new sequence: the KV cache is emptied, resident experts stay."""
         self.kv.length = 0
+        self.forward.prefetcher.begin_sequence()
+        if self.mover is not None:
+            self.mover.cache.begin_sequence()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens parsed and added as the model's file says."""

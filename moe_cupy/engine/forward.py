@@ -170,7 +170,10 @@ class Forward:
         self.stream.record().synchronize()  # the routes are on the host now
         if self.observe is not None:
             self.observe(layer, b)
-        self._experts(layer, b, self.prefetcher.predict(b.ahead.tolist()) if guess else [])
+        if self.prefetcher.predicts:
+            self.prefetcher.observe(layer, b.ids.tolist())
+        is_last = layer + 1 == len(self.weights.layers)
+        self._experts(layer, b, [] if is_last else self.prefetcher.predict(b.ahead.tolist() if guess else []))
         self._launch("combine", parts=b.parts, weights=b.weights, out=b.x)
 
     def _experts(self, layer: int, b: Buffers, expected: Sequence[int]) -> None:

@@ -90,7 +90,7 @@ def replay(
     caches = make_caches(trace, make, slots, scope, admission)
     counts = Counts(hits_by_layer=[0] * layers)
     starts, seen = set(trace.starts.tolist()), set()
-    rows = zip(trace.keys(), event_scores(trace, caches[0].policy.wants_scores), strict=True)
+    rows = zip(trace.key_rows(), event_scores(trace, caches[0].policy.wants_scores), strict=True)
     for token, (row, said) in enumerate(rows):
         if token in starts:
             for cache in set(caches):

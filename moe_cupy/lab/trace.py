@@ -51,7 +51,7 @@ class RouteTrace:
         """All (layer, expert) pairs: what a cache of 100% holds."""
         return self.shape[1] * self.n_experts
 
-    def keys(self) -> list[list[list[int]]]:
+    def key_rows(self) -> list[list[list[int]]]:
         """[T][L][k] keys ``layer * n_experts + expert`` as Python integers, as policies take them."""
         first = np.arange(self.shape[1], dtype=np.int64)[:, None] * self.n_experts
         return (self.experts.astype(np.int64) + first).tolist()

@@ -101,7 +101,7 @@ def least_misses(trace: RouteTrace, slots: int, bypass: bool) -> int:
     from itertools import combinations
 
     states = {frozenset(): 0}
-    for row in trace.keys():
+    for row in trace.key_rows():
         for event in row:
             after: dict[frozenset[int], int] = {}
             for held, cost in states.items():
@@ -198,17 +198,13 @@ def one(*ids: int) -> list[tuple[int, list[int]]]:
     [
         ("fifo", one(1, 2, 1, 1, 3), 2, {2, 3}),  # 1 came first, used or not
         ("lfru", one(1, 1, 1, 1, 2, 3), 2, {1, 3}),  # at event 6: 1 has 4 uses / 3 events, 2 has 1 / 2
-        ("lfru", one(1, 1, 2, 4, 5), 3, {2, 4, 5}),  # at event 5: 1 has 2 / 4 = 0.5 < ... 2 has 1 / 3, 4 has 1 / 2
+        ("lfru", one(1, 1, 2, 4, 5), 3, {1, 4, 5}),  # at event 5: 1 has 2 / 4, 2 has 1 / 3, 4 has 1 / 2
         ("decayed-lfu", one(*[1] * 3, *[2] * 2, 3), 2, {1, 3}),
         ("decayed-lfu", one(1, 1, *[2, 4] * 20, 3), 3, {2, 3, 4}),  # 1's two uses are 2.5 half-lives old
-        ("use-class", one(*[1] * 4, 2, 2, 3), 2, {1, 3}),  # event 7: 1 class 1, age 3 / 2 = 1.5; 2 class 0 (1.99), age 1
+        ("use-class", one(*[1] * 4, 2, 2, 3), 2, {2, 3}),  # event 7: 1 has class 1, age 3 / 2; 2 class 0 (1.99), age 1
     ],
 )
 def test_rules_worked_out_by_hand(policy, events, slots, want):
-    if (policy, slots) == ("lfru", 3):
-        want = {1, 4, 5}  # 2 is the least: 1 / 3 against 2 / 4 and 1 / 2
-    if policy == "use-class":
-        want = {2, 3}  # the greatest age / 2^class is 1's: 1.5 against 1
     assert after(policy, events, slots) == want
 
 
@@ -308,7 +304,7 @@ def test_static_keeps_the_hottest_of_its_profile():
     profile = np.bincount((trace.experts + np.array([[0], [8]])).ravel(), minlength=16)
     got = replay(trace, knowing(trace)["static"], 6, admission=True)
     hot = set(np.argsort(-profile, kind="stable")[:6].tolist())
-    served = sum(key in hot for row in trace.keys() for event in row for key in event)
+    served = sum(key in hot for row in trace.key_rows() for event in row for key in event)
     assert served - 6 <= got.hits <= served, "each of the six is missed once"
 
 

@@ -44,7 +44,7 @@ def test_a_trace_is_read_as_it_was_written(tmp_path):
     assert np.array_equal(back.experts, trace.experts) and back.n_experts == 8
     assert np.array_equal(back.weights, trace.weights) and back.router is None
     assert back.starts.tolist() == [0, 6] and back.meta["model"] == "made up"
-    assert back.keys()[3][2] == [16 + int(e) for e in trace.experts[3, 2]]
+    assert back.key_rows()[3][2] == [16 + int(e) for e in trace.experts[3, 2]]
     assert [list(s) for s in back.sequences()] == [[0, 6], [6, 12]]
     assert back.part(4, 9).starts.tolist() == [0, 2]
 
