@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from moe_cupy.cache import Scores
 from moe_cupy.device.base import Device
 from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.weights import DenseWeights, LayerWeights
 from moe_cupy.prefetch import Prefetcher
+from moe_ref.attention import softmax
 from moe_ref.config import ModelConfig
 from moe_ref.rope import rope_tables
 
@@ -180,13 +182,20 @@ class Forward:
         assert self.mover is not None
         groups = group_by_expert(b.ids)
         waves = self.mover.waves(layer, list(groups))
-        held = self.mover.acquire(layer, waves[0])
+        held = self.mover.acquire(layer, waves[0], scores=self._scores(layer, b))
         for following in (*waves[1:], None):
             if following is None and expected:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})
             self._compute(held, groups, b)
             if following is not None:
                 held = self.mover.acquire(layer, following, self._keep(layer, held))
+
+    def _scores(self, layer: int, b: Buffers) -> Scores | None:
+        """What the router said of a single token, for policies that ask."""
+        assert self.mover is not None
+        if len(b.ids) > 1 or not self.mover.cache.pool(layer).policy.wants_scores:
+            return None
+        return Scores(b.weights[0].tolist(), softmax(b.router)[0].tolist())
 
     def _keep(self, layer: int, held: Sequence[Held]) -> set[int]:
         """What to pin while the next wave loads: this wave, unless the pool has a single slot."""
