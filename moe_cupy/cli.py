@@ -39,7 +39,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
     add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
-    add("--policy", choices=list(POLICIES), default="lru", help="whom to evict (default lru)")
+    add("--policy", choices=list(POLICIES), default="echo", help="whom to evict (default echo)")
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
     add("-ub", "--ubatch-size", type=int, default=512, help="prompt tokens at a time (default 512)")

@@ -36,7 +36,7 @@ class Options:
     """How to run; the names and defaults are those of the command line."""
 
     cache: str = "auto"  # 2GiB | 25% | slots:N | auto
-    policy: str = "lru"
+    policy: str = "echo"
     prefetch: str = "none"
     device: str = "auto"
     threads: int | None = None

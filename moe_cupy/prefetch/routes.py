@@ -12,7 +12,7 @@ from moe_cupy.prefetch.predictors import NoPrefetch, Routes
 Token = dict[int, tuple[int, ...]]  # layer -> experts
 COLLECTION = 64  # activation matrices kept
 MASS = 0.7  # SPICE halts below this share of the k experts' probability; here, what is fetched reaches it
-SURE = 0.5  # a neighbourhood's majority
+SURE = 0.75  # share of the neighbours that must agree: a wrong copy in the way costs more than a right one gains
 
 
 class FromRoutes(NoPrefetch):
