@@ -1,4 +1,4 @@
-"""Command line of the reference: inspect | logits | generate | perplexity | tokenize | dequantize."""
+"""Command line of the reference: inspect | logits | generate | perplexity | tokenize | dequantize | quantize."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from moe_ref.command import (
     print_json,
     prompt_text,
     read_text,
+    refuse_same_file,
     run_command,
     token_list,
     whole_file,
@@ -25,8 +26,10 @@ from moe_ref.gguf import open_gguf
 from moe_ref.inspect import describe, table
 from moe_ref.model import Model
 from moe_ref.perplexity import chunk, perplexity, progress, report
+from moe_ref.quantize import FILE_TYPES, MIXES, TYPES, choose_types, parse_rule, type_called, write_quantized
 from moe_ref.quants import dequantize
 from moe_ref.sampling import Sampler
+from moe_ref.split import open_model
 
 
 def cmd_inspect(args: argparse.Namespace) -> None:
@@ -117,6 +120,23 @@ def cmd_dequantize(args: argparse.Namespace) -> None:
     note(f"{args.output}: {args.tensor} {list(info.shape)} from {info.type}")
 
 
+def cmd_quantize(args: argparse.Namespace) -> None:
+    """A copy of a GGUF file with its weight matrices in other types; norms, routers and biases stay as they are."""
+    name, rules = type_called(args.type, (*TYPES, *MIXES), "--type"), [parse_rule(rule) for rule in args.tensor_type]
+    with open_model(args.model) as file:
+        refuse_same_file(args.output, [part.path for part in getattr(file, "parts", [file])])
+        chosen, remarks = choose_types(file, name, rules)
+        for remark in remarks:
+            note(f"note: {remark}")
+        with whole_file(args.output) as out:
+            file_type = MIXES[name][1] if name in MIXES else FILE_TYPES[name]
+            for i, done in enumerate(write_quantized(file, chosen, file_type, out), 1):
+                change = f"{done['from']} -> {done['to']}, relative error {done['error']:.4f}"
+                note(f"{i}/{len(chosen)} {done['name']} {change if done['from'] != done['to'] else done['to']}")
+            before, after = sum(t.nbytes for t in file.tensors.values()), out.tell()
+    note(f"{args.output}: {after:,} bytes, of tensors that had {before:,}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line contract."""
     parser = argparse.ArgumentParser("moe_ref", description="Reference for mixture-of-experts GGUF models.")
@@ -131,11 +151,16 @@ def build_parser() -> argparse.ArgumentParser:
     inspect, logits = command("inspect", cmd_inspect), command("logits", cmd_logits)
     generate, ppl = command("generate", cmd_generate), command("perplexity", cmd_perplexity)
     tokenize, deq = command("tokenize", cmd_tokenize), command("dequantize", cmd_dequantize)
+    quant = command("quantize", cmd_quantize)
     logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
     logits.add_argument("--act", choices=["f32"], default="f32", help="activation rounding (q8 is not in this version)")
     deq.add_argument("tensor", metavar="TENSOR")
     for sub in (logits, deq):
         sub.add_argument("-o", "--output", required=True, help="file to write")
+    quant.add_argument("output", metavar="OUT", help="file to write")
+    quant.add_argument("--type", required=True, help=f"of every weight matrix: {', '.join((*TYPES, *MIXES))}")
+    rule = "other type for tensors whose name has a match; repeatable, the first that matches counts"
+    quant.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=rule)
     add_prompt(generate)
     add_sampling(generate)
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,7 +102,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise RequestError(f"{target}: there is no folder {target.parent}")
     if target.is_dir():
         raise RequestError(f"{target}: is a folder; name a file in it")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:200]}.")
+    except OSError as error:
+        raise RequestError(f"{target}: cannot be written: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as out:
             yield out
@@ -114,6 +117,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def refuse_same_file(output: str, inputs: Iterable[Path]) -> None:
+    """Raise RequestError where ``output`` is one of the files that are read."""
+    if any(os.path.exists(output) and os.path.samefile(output, path) for path in inputs):
+        raise RequestError(f"{output}: is the input itself; name another file to write")
 
 
 def _umask() -> int:

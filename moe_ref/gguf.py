@@ -119,9 +119,14 @@ class GGUFFile:
         self.data_offset = 0
         self.tensors: dict[str, TensorInfo] = {}
         self._source = source
+        self._spans: dict[str, tuple[int, int]] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.metadata.get(key, default)
+
+    def value_bytes(self, key: str) -> bytes:
+        """A metadata value as it lies in the file: type id, then value. Raises KeyError for an unknown key."""
+        return self._source.read(*self._spans[key], show(key)).tobytes()
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> np.ndarray:
         """Raw bytes ``start : start + nbytes`` of a tensor (default: to its end) as a new uint8 array.
@@ -162,7 +167,9 @@ def _read_header(cursor: Cursor) -> GGUFFile:
     version = _read_version(cursor)
     n_tensors = _read_count(cursor, "tensor_count", MAX_TENSORS, _MIN_TENSOR_BYTES)
     n_keys = _read_count(cursor, "metadata_kv_count", MAX_KEYS, _MIN_KEY_BYTES)
-    gguf = GGUFFile(cursor.source, version, _read_metadata(cursor, n_keys))
+    metadata, spans = _read_metadata(cursor, n_keys)
+    gguf = GGUFFile(cursor.source, version, metadata)
+    gguf._spans = spans
     if gguf.alignment.bit_count() != 1:
         raise cursor.source.fault(ALIGNMENT_KEY, gguf.alignment, "a power of two")
     entries = [_read_tensor(cursor, f"tensor {i + 1} of {n_tensors}") for i in range(n_tensors)]
@@ -197,16 +204,20 @@ def _read_count(cursor: Cursor, field: str, cap: int, min_bytes: int) -> int:
     return count
 
 
-def _read_metadata(cursor: Cursor, count: int) -> dict[str, Any]:
+def _read_metadata(cursor: Cursor, count: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """Values, and where they lie: offset and byte count."""
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for i in range(count):
         cursor.field = f"metadata key {i + 1} of {count}"
         key = cursor.name()
         cursor.field = show(key)
         if key in metadata:
             raise cursor.fault("this key a second time", "each key once")
+        start = cursor.pos
         metadata[key] = _read_value(cursor, key)
-    return metadata
+        spans[key] = start, cursor.pos - start
+    return metadata, spans
 
 
 def _read_value(cursor: Cursor, key: str) -> Any:

@@ -25,6 +25,7 @@ class SplitGGUF(GGUFFile):
         first = parts[0]
         self.path, self.version, self.metadata = first.path, first.version, first.metadata
         self.alignment, self.data_offset, self._source = first.alignment, first.data_offset, first._source
+        self._spans = first._spans
         self.parts = parts
         self._part_of = {name: part for part in parts for name in part.tensors}
         self.tensors = {name: info for part in parts for name, info in part.tensors.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_ref.quants.blocks import planes, scale_runs
+from moe_ref.quants.blocks import pack_planes, planes, raw_bytes, scale_runs
 
 BLOCK_MXFP4 = np.dtype([("e", "u1"), ("qs", "u1", 16)])
 BLOCK_NVFP4 = np.dtype([("d", "u1", 4), ("qs", "u1", 32)])
@@ -73,3 +73,21 @@ def decode_nvfp4(raw: np.ndarray) -> np.ndarray:
     block = raw.view(BLOCK_NVFP4)[:, 0]
     q = np.take(E2M1_DOUBLED, planes(block["qs"].reshape(-1, 4, 8), 4))  # [n, 4, 8] -> [n, 4, 2, 8]
     return scale_runs(half_e4m3(block["d"]), q)
+
+
+_MIDPOINTS = (0.5, 1.5, 2.5, 3.5, 5, 7, 10)  # between the magnitudes of E2M1_DOUBLED
+
+
+def encode_mxfp4(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 32] -> uint8 [n, 17]: the scale puts the largest magnitude at 4 to 8; midpoints go to zero's side."""
+    largest = np.abs(x).max(axis=1)  # [n]
+    block = np.empty(len(x), BLOCK_MXFP4)
+    block["e"] = np.where(largest > 0, np.floor(np.log2(largest)) - 2 + 127, 0).astype(np.uint8)
+    size = np.ldexp(np.abs(x), 128 - block["e"].astype(np.int32)[:, None])
+    code = np.zeros(x.shape, np.uint8)
+    for midpoint in _MIDPOINTS:
+        code += size > midpoint
+    code = np.minimum(code, np.where(block["e"] < 253, 7, 5).astype(np.uint8)[:, None])  # 8 * 2^125 is no float32
+    code |= ((x < 0) & (code > 0)).astype(np.uint8) << 3
+    block["qs"] = pack_planes(code.reshape(-1, 2, 16), 4)
+    return raw_bytes(block)

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_ref.quants.blocks import fields, planes, scale_runs
+from moe_ref.quants.blocks import (
+    fields,
+    inverse,
+    pack_fields,
+    pack_planes,
+    planes,
+    raw_bytes,
+    round_half_away,
+    scale_runs,
+    whole,
+)
 
 BLOCK_Q4_0 = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
 BLOCK_Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
@@ -94,3 +104,63 @@ def decode_q8_0(raw: np.ndarray) -> np.ndarray:
     """
     block = raw.view(BLOCK_Q8_0)[:, 0]
     return _scaled(block, block["qs"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Encoders, which do in float32 what ggml's ``quantize_row_*_ref`` do, so that the bytes are the same.
+
+
+def _pack(layout: np.dtype, q: np.ndarray, d: np.ndarray, m: np.ndarray | None = None) -> np.ndarray:
+    """q uint8 [n, 32], d (and m) [n, 1] -> uint8 [n, block_bytes]."""
+    block = np.empty(len(q), layout)
+    block["d"] = d[:, 0]
+    if m is not None:
+        block["m"] = m[:, 0]
+    if "qh" in (layout.names or ()):
+        block["qh"] = pack_fields((q >> 4).reshape(-1, 4, 8), 1)
+    block["qs"] = pack_planes((q & 15).reshape(-1, 2, 16), 4)
+    return raw_bytes(block)
+
+
+def _encode_symmetric(x: np.ndarray, layout: np.dtype, zero: int) -> np.ndarray:
+    """``d`` puts the largest weight, with its sign, on code 0; the other end of the codes falls one step short."""
+    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)  # [n, 32] -> [n, 1]
+    d = largest / np.float32(-zero)
+    q = whole(x * inverse(d) + np.float32(zero + 0.5))
+    return _pack(layout, np.minimum(q, 2 * zero - 1), d)
+
+
+def _encode_affine(x: np.ndarray, layout: np.dtype, top: int) -> np.ndarray:
+    """The smallest weight gets code 0, the largest ``top``."""
+    m = x.min(axis=1, keepdims=True)  # [n, 32] -> [n, 1]
+    d = (x.max(axis=1, keepdims=True) - m) / np.float32(top)
+    q = whole((x - m) * inverse(d) + np.float32(0.5))
+    return _pack(layout, np.minimum(q, top), d, m)
+
+
+def encode_q4_0(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 32] -> uint8 [n, 18]."""
+    return _encode_symmetric(x, BLOCK_Q4_0, 8)
+
+
+def encode_q4_1(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 32] -> uint8 [n, 20]."""
+    return _encode_affine(x, BLOCK_Q4_1, 15)
+
+
+def encode_q5_0(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 32] -> uint8 [n, 22]."""
+    return _encode_symmetric(x, BLOCK_Q5_0, 16)
+
+
+def encode_q5_1(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 32] -> uint8 [n, 24]."""
+    return _encode_affine(x, BLOCK_Q5_1, 31)
+
+
+def encode_q8_0(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 32] -> uint8 [n, 34]: the largest magnitude becomes 127 steps."""
+    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)  # [n, 32] -> [n, 1]
+    block = np.empty(len(x), BLOCK_Q8_0)
+    block["d"], block["qs"] = d[:, 0], whole(round_half_away(x * inverse(d)), np.int8)
+    return raw_bytes(block)

@@ -33,3 +33,21 @@ def integer_decoder(width: int) -> Callable[[np.ndarray], np.ndarray]:
     Exact up to 2^24 in magnitude; beyond, to the nearest float32, ties to even.
     """
     return lambda raw: raw.view(f"<i{width}").astype(np.float32)
+
+
+def encode_f32(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 1] -> uint8 [n, 4]."""
+    return x.astype("<f4", copy=False).view(np.uint8)
+
+
+def encode_f16(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 1] -> uint8 [n, 2]: to the nearest half, ties to even; beyond 65504 to infinity."""
+    return x.astype("<f2").view(np.uint8)
+
+
+def encode_bf16(x: np.ndarray) -> np.ndarray:
+    """float32 [n, 1] -> uint8 [n, 2]: the upper half, rounded to nearest, ties to even; a NaN becomes a quiet one."""
+    bits = x.view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2")
+    quiet = (bits >> 16 | 0x40).astype("<u2")
+    return np.where(np.isnan(x), quiet, rounded).view(np.uint8)
