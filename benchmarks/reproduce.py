@@ -1,6 +1,7 @@
 """Repeat a published claim: python benchmarks/reproduce.py NAME [--routes TRACE …] [-m MODEL -f TEXT].
 
-Names: atomic, lfru, least-stale, unions, small-cache, hobbit, thresholds (on --routes); gate-reuse, cache-prior (on -m).
+Names: atomic, lfru, least-stale, unions, small-cache, hobbit, thresholds (on --routes); gate-reuse, cache-prior (on
+-m).
 """
 
 from __future__ import annotations

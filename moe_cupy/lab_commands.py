@@ -217,3 +217,33 @@ def add_replay(commands: Any) -> None:
     add("--jobs", type=number(1), help="processes (default: one a core)")
     add("--report", metavar="FILE", help="also write .html, or .md with pictures beside it")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
+
+
+def cmd_synth(args: argparse.Namespace) -> None:
+    """Write a model of any shape whose routers take recorded routes when ids 0, 1, 2, … are decoded."""
+    from moe_cupy.lab.synth import Plan, synthesise
+    from moe_cupy.lab.trace import read_trace
+
+    trace = read_trace(args.routes)
+    tokens, layers, used = trace.shape
+    count = min(tokens, args.hidden, args.tokens or tokens)
+    plan = Plan(count, layers, trace.n_experts, used, args.hidden, args.ffn, args.quant)
+    with whole_file(args.output) as out:
+        written = synthesise(out, trace, plan, args.seed, Path(args.routes).stem)
+    with whole_file(f"{args.output.removesuffix('.gguf')}.tokens") as out:
+        out.write("".join(f"{i}\n" for i in range(count)).encode())
+    note(f"{args.output}: {written / 2**20:.1f} MiB, {layers} layers x {trace.n_experts} experts, top-{used}; "
+         f"feed it the {count} ids of the .tokens file")  # fmt: skip
+
+
+def add_synth(commands: Any) -> None:
+    """``synth``."""
+    sub = commands.add_parser("synth", help=cmd_synth.__doc__, description=cmd_synth.__doc__)
+    sub.set_defaults(run=cmd_synth)
+    sub.add_argument("--routes", required=True, metavar="TRACE", help=".npz trace")
+    sub.add_argument("--hidden", type=number(128, 1 << 16), required=True, help="width of the model")
+    sub.add_argument("--ffn", type=number(1, 1 << 16), required=True, help="width of an expert")
+    sub.add_argument("--quant", default="Q4_K", help="type of the matrices (default Q4_K)")
+    sub.add_argument("--tokens", type=number(2), help="tokens of the trace (default: all, at most --hidden)")
+    sub.add_argument("-s", "--seed", type=number(0), default=0, help="of the random weights (default 0)")
+    sub.add_argument("-o", "--output", required=True, help=".gguf file to write; the ids go beside it, in .tokens")

@@ -36,7 +36,7 @@ def hobbit(trace: RouteTrace) -> Iterator[str]:
 
 
 def thresholds(trace: RouteTrace | None = None) -> Iterator[str]:
-    """Claims: fiddler computes on the CPU up to n = 9; a batch is worth copying from 32 E/k tokens; q = 0.92 m, 0.51 m."""
+    """Claims: fiddler's CPU takes up to n = 9; a batch is worth copying from 32 E/k tokens; q = 0.92 m, 0.51 m."""
     cpu, gpu = 7, 70  # fiddler's constants: a token on the CPU, an expert copied to the GPU
     best = max(n for n in range(1, 100) if cpu * n < gpu)
     yield f"fiddler: an absent expert of n tokens costs {cpu} n on the CPU, {gpu} on the GPU: CPU up to n = {best}"
@@ -64,7 +64,8 @@ def gate_reuse(model: Model, ids: Sequence[int]) -> Iterator[str]:
             for kind, gains in (("fixed", target), ("own", layer)):
                 x = rms_norm(seen[f"l_out-{layer}"], model.weights[f"blk.{gains}.ffn_norm.weight"], c.norm_epsilon)
                 guess = top_k(x @ model.weights[f"blk.{target}.ffn_gate_inp.weight"].T, used)
-                shares[kind].append(np.mean([len(set(a) & set(b)) / used for a, b in zip(guess, actual, strict=True)]))
+                both = [len(set(a) & set(b)) / used for a, b in zip(guess, actual, strict=True)]
+                shares[kind].append(float(np.mean(both)))
         chance = used / c.expert_count
         yield (
             f"  {distance} layers ahead: recall {np.mean(shares['fixed']):.3f}, "

@@ -57,14 +57,22 @@ def test_trained_model_writes_the_same_128_tokens_at_every_cache_size_policy_and
     want, want_logits, full = run(TRAINED, PROMPTS, 128, cache="100%")
     assert full.evictions == 0
     assert [len(tokens) for tokens in want] == [128] * 3
-    runs = list(itertools.product(("100%", "50%", "25%", "slots:8"), ("lru", "echo"), PREFETCHERS))
-    runs += [("25%", policy, "next-gate") for policy in POLICIES]
-    for cache, policy, prefetch in runs:
+    sizes = ("100%", "50%", "25%", "slots:8")
+    for cache, policy, prefetch in itertools.product(sizes, ("lru", "echo"), ("none", "next-gate")):
         got, logits, stats = run(TRAINED, PROMPTS, 128, cache=cache, policy=policy, prefetch=prefetch)
         assert got == want, f"{cache} {policy} {prefetch}"
         assert np.array_equal(logits, want_logits), f"{cache} {policy} {prefetch}"
         evicts = stats.evictions > 0
         assert evicts or cache == "100%", f"{cache} {policy} {prefetch}: nothing was evicted, so nothing was tested"
+
+
+def test_every_policy_and_every_prefetcher_writes_the_same():
+    want, want_logits, _ = run(TRAINED, PROMPTS[:1], 16, cache="100%")
+    pairs = [(policy, "none") for policy in POLICIES] + [("lfu", prefetch) for prefetch in PREFETCHERS]
+    for policy, prefetch in pairs:
+        got, logits, stats = run(TRAINED, PROMPTS[:1], 16, cache="slots:16", policy=policy, prefetch=prefetch)
+        assert got == want and np.array_equal(logits, want_logits), f"{policy} {prefetch}"
+        assert stats.evictions > 0 and (stats.bytes_prefetch > 0) == (prefetch != "none"), f"{policy} {prefetch}"
 
 
 @pytest.mark.parametrize(
