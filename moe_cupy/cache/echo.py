@@ -31,7 +31,7 @@ NEIGHBOURS = 8
 WINDOWS = (8, 64, TOKENS - 1)
 LONGEST_REST = 300  # tokens: no difference beyond
 PRIOR = 3.0  # neighbours' worth of habit that is mixed with what the neighbours say
-REFRESH = (1, 2)  # layers ahead whose residents are looked at anew when someone has to go
+REFRESH = (1,)  # layers ahead whose residents are looked at anew when someone has to go
 ALL = (1 << TOKENS) - 1
 WEIGHTS = Path(__file__).with_name("echo.toml")
 
@@ -212,9 +212,10 @@ class Echo:
         self._odds[key], self._prior[key], self._known[key] = odds, PRIOR / (1 + math.exp(-odds)), turn
 
     def _find_lowest(self, layer: int, pinned: Collection[int]) -> None:
-        q = self._q
-        candidates = [(q[key], key) for key in self._resident[layer] if key not in pinned]
-        self._lowest[layer], self._lowest_key[layer] = min(candidates, default=(math.inf, -1))
+        there = self._resident[layer]
+        candidates = [key for key in there if key not in pinned] if pinned else there
+        key = min(candidates, key=self._q.__getitem__, default=-1)
+        self._lowest_key[layer], self._lowest[layer] = key, self._q[key] if key >= 0 else math.inf
 
     def _update(self, layer: int, key: int) -> None:
         if self._q[key] < self._lowest[layer]:

@@ -28,7 +28,6 @@ class Hobbit(Ranked):
     """
 
     wants_scores = True
-    mix = HOBBIT_WEIGHTS
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -49,7 +48,7 @@ class Hobbit(Ranked):
             self._high[key] += is_high
 
     def numbers(self, keys: Sequence[int]) -> list[float]:
-        w1, w2, w3, w4 = self.mix
+        w1, w2, w3, w4 = HOBBIT_WEIGHTS
         tokens = max(1, self.token - self._start + 1)
         w1, w2, w3 = w1 / tokens, w2 / tokens, w3 / tokens
         near = [w4 * (1 - (layer - self.layer) % self.layers / self.layers) for layer in range(self.layers)]
@@ -60,7 +59,9 @@ class Hobbit(Ranked):
 class LHU(Hobbit):
     """Least often wanted in high precision in this sequence (a term of HOBBIT's score)."""
 
-    mix = (0.0, 0.0, 1.0, 0.0)
+    def numbers(self, keys: Sequence[int]) -> list[float]:
+        high = self._high
+        return [high[key] for key in keys]
 
 
 class ActivationMatrix(Ranked):

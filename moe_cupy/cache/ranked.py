@@ -151,12 +151,12 @@ class UseClass(DecayedLFU):
             self._last[key] = self.now
 
     def numbers(self, keys: Sequence[int]) -> list[float]:
-        now, last = self.now, self._last
-        return [(last[key] - now) / (1 << self.class_of(key)) for key in keys]
-
-    def class_of(self, key: int) -> int:
-        """0 to 7."""
-        return int(min(HIGHEST_CLASS, max(0.0, self._count[key] - self.token / self._half_life)))
+        now, last, count, decay = self.now, self._last, self._count, self.token / self._half_life
+        return [
+            (last[key] - now)
+            / (1 if (uses := count[key] - decay) < 1 else 1 << HIGHEST_CLASS if uses >= HIGHEST_CLASS else 1 << int(uses))
+            for key in keys
+        ]
 
 
 class LayerDistance(Ranked):
