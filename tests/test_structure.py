@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "lab": {"cache", "prefetch", "plan", "moe_ref"},
     "tools": {"engine", "kernels", "device", "store", "cache", "prefetch", "plan", "moe_ref"},
     "cli": {"*"},
+    "lab_commands": {"*"},
     "demo": {"*"},
     "__main__": {"cli"},
     "__init__": {"engine", "moe_ref.__version__"},
