@@ -54,7 +54,8 @@ def _record_engine(args: argparse.Namespace) -> Any:
 
         def observe(layer: int, b: Any) -> None:
             ahead = before.pop(layer, b.ids) if args.ahead else None
-            before[layer + 1] = b.ahead.copy()
+            if b.ahead is not None:
+                before[layer + 1] = b.ahead.copy()
             recorder.layer(layer, experts=b.ids, weights=b.weights, router=softmax(b.router), ahead=ahead)
 
         engine.forward.observe = observe
