@@ -29,7 +29,7 @@ class Quirks:
     qk_norm: str = "none"  # RMS norm of q and k: "head", "row" (before the split), "unit" (weightless, after RoPE)
     qk_norm_optional: bool = False  # only in files that have its tensors
     no_rope_every: int = 0  # each n-th layer has no rotary positions; its q is scaled by temperature instead
-    window: str = "none"  # "sliding", "chunked"; "ignored": llama.cpp passes over the file's key
+    window: str = "none"  # "sliding", "chunked"
     window_every: int = 0  # each n-th layer sees all positions, where the file gives no pattern
     sinks: bool = False  # a learned logit per head that takes part in the softmax and carries no value
     attention_scale: float = 0.0  # 0: the file's key, else one over the root of the key length
@@ -42,6 +42,7 @@ class Quirks:
     ffn_norm: str = "ffn_norm"  # which tensor is the norm before the feed-forward network
     post_norms: bool = False  # each branch is normalised again before it is added
     embedding_scale: str = "key"  # "root": times the root of the width
+    softcap: float = 0.0  # of the logits, where the file has no key for it
 
     # Feed-forward
     experts: str = "always"  # "never"; "optional": if expert_count is there
@@ -83,12 +84,31 @@ ARCHITECTURES: dict[str, Quirks] = {
         gating=SELECTED, renormalise=False,
     ),
     "granitemoe": Quirks(rope="norm", rope_factors=ROPE_FACTORS, experts="optional", shared=None),
-    "phimoe": Quirks(rope_factors=ROPE_FACTORS[1:], window="ignored"),
+    "phimoe": Quirks(rope_factors=ROPE_FACTORS[1:]),
     "minimax-m2": Quirks(qk_norm="row", gating=None, default_gating=""),
     "ernie4_5-moe": Quirks(rope="norm", shared=None),
     "dbrx": Quirks(norm="layer", ffn_norm="attn_output_norm"),
     "gemma4": Quirks(
         qk_norm="head", rope_factors=ROPE_FACTORS[:1], window="sliding", attention_scale=1.0, value_norm=True,
-        post_norms=True, embedding_scale="root", experts="optional", dense_beside=True, activation="gelu",
+        post_norms=True, embedding_scale="root", softcap=30.0, experts="optional", dense_beside=True, activation="gelu",
     ),
 }  # fmt: skip
+
+# Keys that llama.cpp reads for these architectures alone: in a file of another one they have no effect.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "attention.clamp_kqv": ("dbrx",),
+    "attention.scale": ("granitemoe",),
+    "attention.sliding_window": ("gemma4", "gpt-oss", "llama4"),
+    "attention.temperature_length": ("deepseek2",),
+    "attention.temperature_scale": ("deepseek2",),
+    "embedding_scale": ("granitemoe",),
+    "expert_gating_func": ("deepseek2", "glm4moe", "minimax-m2"),
+    "expert_weights_norm": ("deepseek2", "glm4moe"),
+    "expert_weights_scale": ("deepseek", "deepseek2", "glm4moe"),
+    "final_logit_softcapping": ("gemma4",),
+    "interleave_moe_layer_step": ("ernie4_5-moe", "llama4"),
+    "leading_dense_block_count": ("deepseek", "deepseek2", "ernie4_5-moe", "glm4moe"),
+    "logit_scale": ("granitemoe",),
+    "residual_scale": ("granitemoe",),
+    "rope.scaling.yarn_log_multiplier": ("deepseek2",),
+}

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +31,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         sys.stdout.reconfigure(errors="replace")
     try:
         _refuse_broken_text(args)
-        code = args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+            code = args.run(args) or 0
         if sys.stdout is not None:  # None where the caller closed it
             sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
         return code

@@ -124,7 +124,7 @@ def load_config(metadata: Mapping[str, Any], vocab_size: int) -> ModelConfig:
         embedding_scale=math.sqrt(width) if quirks.embedding_scale == "root" else _factor(keys, "embedding_scale"),
         residual_scale=_factor(keys, "residual_scale"),
         logit_scale=_factor(keys, "logit_scale"),
-        final_logit_softcapping=keys.number("final_logit_softcapping", float, default=0.0, least=0),
+        final_logit_softcapping=keys.number("final_logit_softcapping", float, default=quirks.softcap, least=0),
     )
 
 
@@ -195,8 +195,6 @@ def _groups(keys: Keys, experts: int) -> dict[str, int]:
 
 def _gating(keys: Keys, quirks: Quirks, n_layers: int, vocab_size: int) -> str:
     if quirks.gating is not None:
-        number = next(n for n, name in GATING_FUNCS.items() if name == quirks.gating)
-        keys.refuse_unless("expert_gating_func", (number, 0))
         return quirks.gating
     default = quirks.default_gating or None
     if quirks.mixer == "mla" and n_layers in (47, 48) and vocab_size == 154880:
@@ -206,7 +204,6 @@ def _gating(keys: Keys, quirks: Quirks, n_layers: int, vocab_size: int) -> str:
 
 def _renormalise(keys: Keys, quirks: Quirks) -> bool:
     if quirks.renormalise is not None:
-        keys.refuse_unless("expert_weights_norm", (quirks.renormalise,))
         return quirks.renormalise
     return keys.choice("expert_weights_norm", {True: True, False: False}, default=False)
 

@@ -31,13 +31,16 @@ def part_of(name: str) -> str:
 def describe(file: GGUFFile, remarks: Sequence[str] = ()) -> dict[str, Any]:
     """Everything ``inspect`` prints, ready for JSON. Never raises for a file that merely cannot be run.
 
-    ``remarks`` of whoever opened the file become warnings, before those of its tokenizer.
+    ``remarks`` of whoever opened the file become warnings, before those about its keys and its tokenizer.
     """
     arch = _text(file, "general.architecture")
     experts = _number(file, arch, "expert_count")
     parts = {part: sum(t.nbytes for t in file.tensors.values() if part_of(t.name) == part) for part in PARTS}
     layers = len({layer_of(name) for name in file.tensors if part_of(name) == "routed"})
-    tokenizer, doubts, refusals = _tokenizer(file)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        reasons = unsupported(file)
+        tokenizer, doubts, refusals = _tokenizer(file)
     return {
         "file": str(file.path),
         "version": file.version,
@@ -55,8 +58,8 @@ def describe(file: GGUFFile, remarks: Sequence[str] = ()) -> dict[str, Any]:
         "moe_layers": layers,
         "bytes_per_expert": parts["routed"] // (experts * layers) if experts and layers else 0,
         "types": _types(file),
-        "warnings": [*remarks, *doubts],
-        "unsupported": unsupported(file) + refusals,
+        "warnings": [*remarks, *doubts, *(str(warning.message) for warning in heard)],
+        "unsupported": reasons + refusals,
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.nbytes, "part": part_of(t.name)}
             for t in file.tensors.values()
@@ -127,14 +130,12 @@ def _tokenizer(file: GGUFFile) -> tuple[dict[str, Any], list[str], list[str]]:
     if not any(key.startswith(KEY) for key in file.metadata) or model in NO_VOCABULARY:
         is_model = "token_embd.weight" in file.tensors
         return facts, ["there is no tokenizer: token ids can be used, text cannot"] * is_model, []
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        try:
-            load_tokenizer(file.metadata)
-        except ValueError as error:  # TokenizerError, or GGUFError of an array that cannot be read
-            ours = isinstance(error.__cause__, ImportError)  # nothing is wrong with the file
-            return facts, [str(error)] * ours, [str(error)] * (not ours)
-    return facts, [str(warning.message) for warning in heard], []
+    try:
+        load_tokenizer(file.metadata)
+    except ValueError as error:  # TokenizerError, or GGUFError of an array that cannot be read
+        ours = isinstance(error.__cause__, ImportError)  # nothing is wrong with the file
+        return facts, [str(error)] * ours, [str(error)] * (not ours)
+    return facts, [], []
 
 
 def _number(file: GGUFFile, arch: str | None, key: str) -> int | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
+
+from moe_ref.architectures import READ_BY
 
 
 class ConfigError(ValueError):
@@ -11,10 +14,14 @@ class ConfigError(ValueError):
 
 
 class Keys:
-    """The ``{arch}.*`` keys of one file."""
+    """The ``{arch}.*`` keys of one file, but for those that the architecture does not read: a warning names these."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str):
-        self.metadata, self.architecture = metadata, architecture
+        ignored = {f"{architecture}.{key}" for key, readers in READ_BY.items() if architecture not in readers}
+        for name in ignored & set(metadata):
+            warnings.warn(f"{name}: {metadata[name]!r} has no effect for {architecture}, as in llama.cpp", stacklevel=2)
+        self.metadata = {name: value for name, value in metadata.items() if name not in ignored}
+        self.architecture = architecture
 
     def __contains__(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.metadata

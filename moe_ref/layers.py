@@ -73,9 +73,7 @@ def _recurrent(keys: Keys, quirks: Quirks, n: int) -> list[bool]:
 
 def _windows(keys: Keys, quirks: Quirks, n: int) -> tuple[int, list[bool]]:
     """The window's length and which layers have it; pattern m: layer i has it if i % m < m - 1."""
-    if quirks.window in ("none", "ignored"):
-        if quirks.window == "none":
-            keys.refuse_unless("attention.sliding_window", (0,))
+    if quirks.window == "none":
         return 0, [False] * n
     if quirks.window == "chunked":
         if keys.metadata.get(f"{keys.architecture}.attention.sliding_window") == 0:

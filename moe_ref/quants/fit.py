@@ -82,7 +82,6 @@ def fit_affine(x: np.ndarray, top: int, nudges: Iterable[float]) -> tuple[np.nda
 
 def _regression(w: np.ndarray, x: np.ndarray, q: np.ndarray, qq: np.ndarray, xq: np.ndarray) -> tuple:
     """Weighted sums [m] of 1, x, q, q^2, x q -> slope and start <= 0 of the best line; 0 and 0 where q is constant."""
-    variance = w * qq - q * q
-    divisor = inverse(np.where(variance > 1e-6 * w * qq, variance, 0))
+    divisor = inverse(w * qq - q * q)
     slope, start = (w * xq - x * q) * divisor, (qq * x - q * xq) * divisor
     return np.where(start > 0, xq * inverse(qq), slope), np.minimum(start, 0)

@@ -30,14 +30,13 @@ MOE = {
     "qwen3moe.rope.dimension_count": 8,
     "qwen3moe.expert_count": 5,
     "qwen3moe.expert_used_count": 3,
-    "qwen3moe.expert_weights_scale": 2.5,
 }
 OPTIONAL = {
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.freq_base",
-    "rope.dimension_count", "expert_weights_scale",
+    "rope.dimension_count",
 }  # fmt: skip
 NUMBERS = [key.partition(".")[2] for key in MOE if key.startswith("qwen3moe.")]
-REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "expert_weights_scale")
+REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
 WHOLE = [key for key in NUMBERS if key not in REAL]
 REQUIRED = [key for key in NUMBERS if key not in OPTIONAL]
 
@@ -53,7 +52,7 @@ def test_every_number_is_read_from_its_key():
     assert (c.architecture, c.block_count, c.embedding_length, c.context_length) == ("qwen3moe", 2, 24, 100)
     assert (c.head_count, c.head_count_kv, c.key_length, c.value_length) == (6, 2, 10, 7)
     assert (c.rope_dimension_count, c.rope_freq_base, c.norm_epsilon) == (8, 1e6, 1e-6)
-    assert (c.expert_count, c.expert_used_count, c.expert_weights_scale, c.vocab_size) == (5, 3, 2.5, 11)
+    assert (c.expert_count, c.expert_used_count, c.expert_weights_scale, c.vocab_size) == (5, 3, 1.0, 11)
     assert c.attention_scale == pytest.approx(1 / np.sqrt(10), rel=1e-15)
     assert (c.quirks.rope, c.qk_norm, c.is_moe) == ("neox", "head", True)
     assert (c.gating, c.renormalise) == ("softmax", True)
@@ -69,7 +68,9 @@ def test_optional_keys_have_llama_cpp_defaults():
 
 @pytest.mark.parametrize(("stored", "meaning"), [(0.0, 1.0), (1.0, 1.0), (0, 1.0), (2.5, 2.5), (16, 16.0)])
 def test_expert_weights_scale_of_zero_means_none(stored, meaning):
-    assert config(expert_weights_scale=stored).expert_weights_scale == meaning
+    glm = {key.replace("qwen3moe", "glm4moe"): value for key, value in MOE.items()}
+    glm |= {"general.architecture": "glm4moe", "glm4moe.expert_weights_scale": stored}
+    assert load_config(glm, 11).expert_weights_scale == meaning
 
 
 def test_a_dense_architecture_needs_no_expert_keys():
@@ -121,17 +122,7 @@ def test_keys_that_contradict_each_other_are_refused_with_both_numbers(changes, 
         config(**changes)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("rope.scaling.type", "spiral"),
-        ("attn_logit_softcapping", 50.0),
-        ("expert_gating_func", 2),
-        ("expert_weights_norm", False),
-        ("attention.sliding_window", 4096),
-        ("attention.sliding_window", [0, 4096]),
-    ],
-)
+@pytest.mark.parametrize(("key", "value"), [("rope.scaling.type", "spiral"), ("attn_logit_softcapping", 50.0)])
 def test_a_feature_not_implemented_is_refused_with_its_value(key, value):
     with pytest.raises(ConfigError, match=rf"^qwen3moe\.{key}: ") as caught:
         config(**{key: value})
@@ -139,7 +130,27 @@ def test_a_feature_not_implemented_is_refused_with_its_value(key, value):
 
 
 def test_a_feature_switched_off_explicitly_is_accepted():
-    assert config(rope__scaling__type="none", attention__sliding_window=0) == config()
+    assert config(rope__scaling__type="none", attn_logit_softcapping=0.0) == config()
+
+
+IGNORED = {"expert_gating_func": 2, "expert_weights_norm": False, "attention.sliding_window": 4096, "logit_scale": 7.0,
+           "expert_weights_scale": 2.5, "attention.scale": 0.3, "leading_dense_block_count": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_a_key_that_llama_cpp_does_not_read_for_this_architecture_changes_nothing_and_is_named(key):
+    """Checked against llama.cpp: qwen3moe files that differ by such a key have the same logits there."""
+    with pytest.warns(UserWarning, match=rf"^qwen3moe\.{key}: .*{IGNORED[key]!r} has no effect for qwen3moe"):
+        assert config(**{key: IGNORED[key]}) == config()
+
+
+def test_gemma4_caps_its_logits_at_30_where_the_key_is_absent_and_not_at_all_where_it_is_0():
+    keys = {"block_count": 2, "embedding_length": 24, "context_length": 100, "attention.head_count": 2,
+            "attention.layer_norm_rms_epsilon": 1e-6, "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": 2}  # fmt: skip
+    metadata = {"general.architecture": "gemma4"} | {f"gemma4.{key}": value for key, value in keys.items()}
+    assert load_config(metadata, 11).final_logit_softcapping == 30
+    assert load_config(metadata | {"gemma4.final_logit_softcapping": 0.0}, 11).final_logit_softcapping == 0
 
 
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])

@@ -100,7 +100,8 @@ def rms(x: np.ndarray) -> float:
 @pytest.mark.parametrize("name", SEARCHED)
 def test_error_on_gaussian_data_is_at_most_that_of_ggml(name):
     error = rms(GAUSSIAN - back(quantize(GAUSSIAN, name), name, GAUSSIAN.shape))
-    assert error <= 1.02 * GGML_ERROR["gaussian"][SEARCHED.index(name)]
+    most = 1.0005 if name == "IQ4_NL" else 1.02  # there nothing but the order of sums differs
+    assert error <= most * GGML_ERROR["gaussian"][SEARCHED.index(name)]
 
 
 @pytest.mark.parametrize("tensor", list(GGML_ERROR)[1:])

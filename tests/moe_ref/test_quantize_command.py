@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -16,7 +17,7 @@ from gguf_writer import write_gguf
 
 import moe_ref.quantize as rules
 from moe_ref.__main__ import main
-from moe_ref.gguf import open_gguf
+from moe_ref.gguf import TensorInfo, open_gguf
 from moe_ref.model import Model
 from moe_ref.split import open_model
 from tests import models
@@ -57,6 +58,35 @@ def test_mixes_give_every_tensor_the_type_that_llama_quantize_gave(shared, mix):
             assert rules.choose_types(file, mix, [])[0] == types_of(TRAINED)
 
 
+MORE = {0, 1, 4, 7, 10, 13, 15, 16, 17}  # of 18 layers
+EVERY = set(range(18))
+
+
+@pytest.mark.parametrize(
+    ("mix", "experts", "expected"),
+    [  # by llama_model_quantize of llama.cpp 0.5.0-dev on a qwen3moe file of 18 layers: what is not of the base type
+        ("Q4_K_M", 6, {"attn_v Q6_K": MORE, "ffn_down_exps Q6_K": MORE}),
+        ("Q5_K_M", 6, {"attn_v Q6_K": MORE, "ffn_down_exps Q6_K": MORE}),
+        ("Q3_K_M", 6, {"attn_v Q5_K": {0, 1}, "attn_v Q4_K": EVERY - {0, 1}, "attn_output Q4_K": EVERY,
+                       "ffn_down_exps Q5_K": {0}, "ffn_down_exps Q4_K": EVERY - {0}}),
+        ("Q4_K_M", 8, {"attn_v Q8_0": EVERY, "attn_k Q8_0": EVERY, "attn_output Q5_K": EVERY,
+                       "ffn_down_exps Q6_K": MORE}),
+        ("Q5_K_M", 8, {"attn_v Q8_0": EVERY, "attn_k Q8_0": EVERY, "ffn_down_exps Q6_K": MORE}),
+    ],
+)  # fmt: skip
+def test_mixes_of_a_deeper_model(mix, experts, expected):
+    parts = {"attn_v": (32, 256), "attn_k": (32, 256), "attn_output": (256, 256), "ffn_down_exps": (experts, 256, 256)}
+    names = {f"blk.{layer}.{part}.weight": shape for layer in range(18) for part, shape in parts.items()}
+    tensors = {name: TensorInfo(name, shape, "F32", 0, 0) for name, shape in names.items()}
+    metadata = {"general.architecture": "a", "a.block_count": 18, "a.expert_count": experts}
+    found: dict[str, set[int]] = {}
+    for name, kind in rules.choose_types(SimpleNamespace(tensors=tensors, get=metadata.get), mix, [])[0].items():
+        layer, part = name.removesuffix(".weight").split(".")[1:]
+        if kind != rules.MIXES[mix][0]:
+            found.setdefault(f"{part} {kind}", set()).add(int(layer))
+    assert found == expected
+
+
 @pytest.mark.parametrize("path", shared_files("data/golden/quants/*.gguf"))
 def test_what_llama_quantize_left_alone_is_left_alone(path):
     """Norms and routers are F32 in its files, everything else is not."""
@@ -85,7 +115,7 @@ def test_the_first_rule_that_matches_decides_and_the_rest_take_the_type(tiny, tm
 
 def test_a_rule_for_nothing_is_said(tiny, tmp_path, capsys):
     for pattern in ("ffn_dwon", "attn_norm"):  # a slip, and what no rule may touch
-        flags = ["--type", "Q8_0", "--tensor-type", f"{pattern}=F16"]
+        flags = ["--type", "Q8_0", "--tensor-type", "_exps=F16", "--tensor-type", f"{pattern}=F16"]
         assert main(["quantize", str(tiny), str(tmp_path / "out.gguf"), *flags]) == 0
         assert f"note: --tensor-type {pattern}=F16: decides no weight matrix of this file" in capsys.readouterr().err
 
