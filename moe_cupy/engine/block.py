@@ -61,6 +61,7 @@ class Block:
 
     config = property(lambda self: self.run.config)
     n_tokens = property(lambda self: len(self.run.x))
+    launch = property(lambda self: self.run.launch)  # op, buffers by name
 
     @property
     def mla(self) -> Mla:
@@ -77,18 +78,15 @@ class Block:
         """Whether what a branch computes is added to the residual stream as it is."""
         return not self.config.quirks.post_norms and self.config.residual_scale == 1.0
 
-    def launch(self, op: str, **buffers: Any) -> None:
-        self.run.launch(op, **buffers)
-
     def buffer(self, name: str, *shape: int, dtype: type = np.float32) -> Any:
         """Scratch [T, *shape]."""
-        return self.run.scratch(name, self.n_tokens, *shape, dtype=dtype)
+        return self.run.scratch(name, len(self.run.x), *shape, dtype=dtype)
 
     def linear(self, x: Any, name: str) -> Any:
         """x [T, in] times a matrix, bias and scale included: [T, out] in scratch."""
         linear = self.weights.linears[name]
         out = self.buffer(name, linear.w.rows)
-        self.launch("linear", x=x, out=out, **linear.arguments())
+        self.launch("linear", x=x, out=out, w=linear.w, scale=linear.scale, bias=linear.bias)
         return out
 
     def heads(self, x: Any, name: str, out: Any) -> None:

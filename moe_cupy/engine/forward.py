@@ -8,6 +8,7 @@ early on this layer's hidden state) predicts is fetched meanwhile: copies overla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +21,10 @@ from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
 from moe_cupy.engine.weights import DenseWeights
 from moe_cupy.prefetch import Prefetcher
-from moe_cupy.store import MATRICES
 from moe_ref.attention import softmax, temperature
 from moe_ref.config import ModelConfig
 from moe_ref.model import divisors
-from moe_ref.rope import scaled_tables
+from moe_ref.rope import Rope, scaled_tables
 
 Groups = dict[int, tuple[np.ndarray, np.ndarray]]  # expert -> (token indices, ranks)
 WAIT_EXPERTS = "expert load"
@@ -69,7 +69,9 @@ class Forward:
         self.mover, self.prefetcher = mover, prefetcher
         self.stream = device.stream("compute")
         self.observe: RouteObserver | None = None
+        self._launch: Callable[..., None] = partial(device.launch, stream=self.stream)
         self._decode_scratch = Scratch(device)
+        self._rotations = self._distinct_rotations()
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
         """Logits [T, vocab] (or [1, vocab] of the last token) for tokens int64 [T] that follow ``kv.length``."""
@@ -100,22 +102,21 @@ class Forward:
             temperature={i: t.astype(np.float32) for i, t in heat.items() if t is not None}, x=x,
         )  # fmt: skip
 
-    def _tables(self, positions: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Cosines and sines of each layer that has rotary positions; equal ones are computed once."""
-        made: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
-        tables = {}
+    def _distinct_rotations(self) -> dict[tuple[Rope, str | None], list[int]]:
+        """Kinds of rotary positions, with the tensor that divides their frequencies, and the layers of each."""
+        found: dict[tuple[Rope, str | None], list[int]] = {}
         for layer in self.config.layers:
-            if layer.rope is None or layer.mixer == "delta":
-                continue
-            name = divisors(self.config, layer, self.weights.divisors)
-            if (layer.rope, name) not in made:
-                divisor = self.weights.divisors[name] if name else 1.0
-                made[layer.rope, name] = scaled_tables(positions, layer.rope, divisor)
-            tables[layer.index] = made[layer.rope, name]
-        return tables
+            if layer.rope is not None and layer.mixer != "delta":
+                key = layer.rope, divisors(self.config, layer, self.weights.divisors)
+                found.setdefault(key, []).append(layer.index)
+        return found
 
-    def _launch(self, op: str, **buffers: Any) -> None:
-        self.device.launch(op, self.stream, **buffers)
+    def _tables(self, positions: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Cosines and sines [T, n_rot/2] of each layer that has rotary positions."""
+        tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for (rope, name), layers in self._rotations.items():
+            tables |= dict.fromkeys(layers, scaled_tables(positions, rope, self.weights.divisors.get(name or "", 1.0)))
+        return tables
 
     def _head(self, run: Pass, x: Any) -> np.ndarray:
         c, w = self.config, self.weights
@@ -159,8 +160,9 @@ class Forward:
         is_last = layer + 1 == len(self.config.layers)
         expected = [] if is_last else self.prefetcher.predict([] if ahead is None else ahead.tolist())
         parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
-        extra = {"x": h, "parts": parts, "weights": weights if c.quirks.weigh == "input" else None}
-        others = self._experts(block, Routes(ids, weights, logits), expected, extra)
+        buffers = {"x": h, "parts": parts, "weights": weights if c.quirks.weigh == "input" else None}
+        buffers["activation"] = c.quirks.activation
+        others = self._experts(block, Routes(ids, weights, logits), expected, buffers)
         networks.join(block, parts, weights, others)
 
     def _experts(self, block: Block, routes: Routes, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
@@ -195,17 +197,6 @@ class Forward:
         for one in held:
             if one.ready is not None:
                 self.stream.wait(one.ready, WAIT_EXPERTS)
-            extra = self._extra(layer, one.expert)
+            extra = self.weights.layers[layer].of_expert(one.expert)
             self._launch("expert", chosen=groups[one.expert], **buffers, **extra, **one.matrices)
         self.mover.used(held, self.stream.record())
-
-    def _extra(self, layer: int, expert: int) -> dict[str, Any]:
-        """What one expert's network has beside its matrices: activation, scales and biases of their products."""
-        w = self.weights.layers[layer]
-        return {
-            "activation": self.config.quirks.activation,
-            "scales": {m: float(w.scales[f"ffn_{m}_exps"][expert]) for m in MATRICES if f"ffn_{m}_exps" in w.scales},
-            "biases": {
-                m: w.vectors[f"ffn_{m}_exps.bias"][expert] for m in MATRICES if f"ffn_{m}_exps.bias" in w.vectors
-            },
-        }

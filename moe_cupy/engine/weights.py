@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from moe_cupy.device.base import Device
 from moe_cupy.kernels.matrix import Matrix
+from moe_cupy.store import MATRICES
 from moe_ref.config import ModelConfig
 from moe_ref.gguf import GGUFFile
 from moe_ref.layers import Layer
@@ -19,7 +20,8 @@ from moe_ref.quants import FormatError, dequantize
 from moe_ref.tensors import View, predicts_further
 
 Views = Mapping[str, View]
-EXPERTS = tuple(f"ffn_{matrix}_exps" for matrix in ("gate", "up", "down"))
+EXPERTS = {matrix: f"ffn_{matrix}_exps" for matrix in MATRICES}
+EXPERT_BIASES = {matrix: f"{stem}.bias" for matrix, stem in EXPERTS.items()}
 EXPANDED = ("ssm_conv1d", "attn_kv_b")  # tensors of two axes that are not multiplied with as they are stored
 ROUTER_NORM = "router_norm"  # gemma4's: ffn_gate_inp.scale / sqrt(D), the weight of a norm before the router
 
@@ -45,6 +47,12 @@ class LayerWeights:
     norms: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # weight, bias or None
     vectors: dict[str, Any] = field(default_factory=dict)  # float32
     scales: dict[str, np.ndarray] = field(default_factory=dict)  # on the host: experts' [E], layer's [1]
+
+    def of_expert(self, expert: int) -> dict[str, Any]:
+        """Scales and biases of the products of one routed expert, as the op ``expert`` takes them."""
+        scales = {m: float(self.scales[stem][expert]) for m, stem in EXPERTS.items() if stem in self.scales}
+        biases = {m: self.vectors[stem][expert] for m, stem in EXPERT_BIASES.items() if stem in self.vectors}
+        return {"scales": scales, "biases": biases}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,7 @@ class _Uploader:
         block, made = f"blk.{layer.index}.", LayerWeights()
         for name in (name for name in self.views if name.startswith(block)):
             stem, _, end = name.removeprefix(block).rpartition(".")
-            if stem in EXPERTS:
+            if stem in EXPERTS.values():
                 if end == "bias":
                     made.vectors[stem + ".bias"] = self.vector(name)
                 elif end == "scale":

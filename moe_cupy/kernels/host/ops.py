@@ -163,9 +163,7 @@ def attention(
     at = attending.oldest.py_func(n_past, window, chunked)
     keys = np.asarray(k[at : n_past + n_tokens], np.float32)
     values = keys if v is k else np.asarray(v[at : n_past + n_tokens], np.float32)
-    scales = np.full(n_tokens, scale, np.float32)
-    if temperature is not None:
-        scales *= temperature
+    scales = np.full(n_tokens, scale, np.float32) if temperature is None else np.float32(scale) * temperature
     work = 2 * width * len(keys)
     factors, seen = (scales, _vector(sinks)), (n_past, at, window, int(chunked))
     split(attending.attention, n_tokens * heads, work, q, (keys, values), factors, seen, out)
