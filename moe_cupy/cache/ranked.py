@@ -152,9 +152,9 @@ class UseClass(DecayedLFU):
 
     def numbers(self, keys: Sequence[int]) -> list[float]:
         now, last, count, decay = self.now, self._last, self._count, self.token / self._half_life
+        top = HIGHEST_CLASS
         return [
-            (last[key] - now)
-            / (1 if (uses := count[key] - decay) < 1 else 1 << HIGHEST_CLASS if uses >= HIGHEST_CLASS else 1 << int(uses))
+            (last[key] - now) / (1 if (log := count[key] - decay) < 1 else 1 << top if log >= top else 1 << int(log))
             for key in keys
         ]
 
