@@ -152,7 +152,11 @@ class UseClass(DecayedLFU):
 
     def numbers(self, keys: Sequence[int]) -> list[float]:
         now, last, count, decay = self.now, self._last, self._count, self.token / self._half_life
-        return [(last[key] - now) / (1 << int(min(max(0, count[key] - decay), HIGHEST_CLASS))) for key in keys]
+        top = HIGHEST_CLASS
+        return [
+            (last[key] - now) / (1 if (log := count[key] - decay) < 1 else 1 << top if log >= top else 1 << int(log))
+            for key in keys
+        ]
 
 
 class LayerDistance(Ranked):

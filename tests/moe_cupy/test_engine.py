@@ -58,8 +58,7 @@ def test_trained_model_writes_the_same_128_tokens_at_every_cache_size_policy_and
     assert full.evictions == 0
     assert [len(tokens) for tokens in want] == [128] * 3
     sizes = ("100%", "50%", "25%", "slots:8")
-    runs = [*itertools.product(sizes, ("lru",), ("none", "next-gate"))]
-    runs += itertools.product(sizes[1:], ("echo",), ("none",))
+    runs = [*itertools.product(sizes, ["lru"], ("none", "next-gate")), *((size, "echo", "none") for size in sizes[1:])]
     for cache, policy, prefetch in runs:
         got, logits, stats = run(TRAINED, PROMPTS, 128, cache=cache, policy=policy, prefetch=prefetch)
         assert got == want, f"{cache} {policy} {prefetch}"
