@@ -61,3 +61,16 @@ def merge_kv_b(stored: Stored) -> None:
         _, (_, value, _), raw = stored.pop(name.replace("attn_k_b", "attn_v_b"))
         whole = np.concatenate([k_b, np.frombuffer(raw, "<u2").reshape(heads, value, rank)], axis=1)
         stored[name.replace("attn_k_b", "attn_kv_b")] = (kind, (heads * (plain + value), rank), whole.tobytes())
+
+
+def interleave_delta(stored: Stored, key_heads: int) -> None:
+    """qwen3next before attn_qkv and attn_gate: per key head its q, its k, and v and z of the value heads it serves."""
+    for name in [n for n in stored if n.endswith(".attn_gate.weight")]:
+        kind, (value_rows, width), z = stored.pop(name)
+        _, (rows, _), qkv = stored.pop(name.replace("attn_gate", "attn_qkv"))
+        key_rows = (rows - value_rows) // 2
+        whole = np.frombuffer(qkv, np.uint8).reshape(rows, -1)
+        parts = [whole[:key_rows], whole[key_rows : 2 * key_rows], whole[2 * key_rows :],
+                 np.frombuffer(z, np.uint8).reshape(value_rows, -1)]  # fmt: skip
+        by_head = np.concatenate([part.reshape(key_heads, -1, whole.shape[1]) for part in parts], axis=1)
+        stored[name.replace("attn_gate", "ssm_in")] = (kind, (rows + value_rows, width), by_head.tobytes())

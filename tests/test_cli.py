@@ -136,8 +136,8 @@ def test_check_passes_and_fails_with_exit_code_1_on_a_wrong_kernel(capsys, tiny,
     assert "WRONG" not in capsys.readouterr().out
     real = OPS["combine"]
 
-    def wrong(split, parts, weights, out):
-        real.host(split, parts=parts, weights=weights * np.float32(1.001), out=out)
+    def wrong(split, parts, weights, **buffers):
+        real.host(split, parts=parts * np.float32(1.001), weights=weights, **buffers)
 
     monkeypatch.setitem(OPS, "combine", real._replace(host=wrong))
     assert cupy_main(["check", "-m", tiny]) == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, TESTS
 from latent_model import latent_model
-from layouts import fuse_attention, fuse_experts, merge_kv_b, rewritten
+from layouts import fuse_attention, fuse_experts, interleave_delta, merge_kv_b, rewritten
 
 from moe_cupy.cache import BudgetError
 from moe_cupy.engine import Engine
@@ -56,6 +56,10 @@ def reference(path: Path) -> tuple[np.ndarray, np.ndarray, list[int]]:
 
 def bundled(name: str) -> Path:
     return BUNDLED / f"{name}.BF16.gguf"
+
+
+def shared_file(name: str) -> Path:
+    return GOLDEN / name if (GOLDEN / name).is_file() else pytest.skip(f"no {name} in {GOLDEN}")
 
 
 def test_every_architecture_of_the_reference_has_a_file_here_or_in_the_shared_set():
@@ -176,6 +180,46 @@ def test_latent_attention_of_old_files_computes_the_same(tmp_path):
     if (GOLDEN / "archs/deepseek-v3.BF16.gguf").is_file():
         plain = GOLDEN / "archs/deepseek-v3.BF16.gguf"
         same_as_reference(rewritten(plain, tmp_path / "v3.gguf", merge_kv_b, **keys), plain, exact=False)
+
+
+def test_a_delta_net_whose_projections_are_interleaved_by_head_computes_the_same(tmp_path):
+    plain = shared_file("archs/qwen3next.BF16.gguf")
+    with open_gguf(plain) as file:
+        heads = file.metadata["qwen3next.ssm.group_count"]
+    old = rewritten(plain, tmp_path / "old.gguf", lambda stored: interleave_delta(stored, heads))
+    same_as_reference(old, plain)
+
+
+# What needs longer texts than the reference files have: constants made smaller, for the reference too
+
+
+def test_chunks_and_temperature_count_where_a_text_is_long_enough(monkeypatch):
+    path, tokens = shared_file("archs/llama4.BF16.gguf"), np.arange(30)
+    with Engine(path) as engine:
+        short = engine.logits(tokens)
+    monkeypatch.setattr("moe_ref.layers.LLAMA4_CHUNK", 7)
+    chunked = equal_to_the_reference(path, tokens)
+    assert np.array_equal(chunked[:7], short[:7]) and np.abs(chunked[7:] - short[7:]).max() > 0.1
+    monkeypatch.setattr("moe_ref.config.LLAMA4_TEMPERATURE", (0.5, 4, 1.0))
+    assert np.abs(equal_to_the_reference(path, tokens) - chunked).max() > 0.1
+
+
+def test_temperature_of_latent_attention_by_the_files_keys(tmp_path):
+    keys = {"deepseek2.attention.temperature_scale": 0.5, "deepseek2.attention.temperature_length": 4}
+    tokens = np.arange(20)
+    path = rewritten(bundled("deepseek-v2"), tmp_path / "m.gguf", lambda stored: None, **keys)
+    got = equal_to_the_reference(path, tokens)
+    with Engine(bundled("deepseek-v2")) as engine:
+        assert np.abs(engine.logits(tokens)[4:] - got[4:]).max() > 0.05
+
+
+def equal_to_the_reference(path: Path, tokens: np.ndarray) -> np.ndarray:
+    """Logits of the runtime at its smallest, in chunks, which are those of moe_ref."""
+    want = Model(path).logits(tokens)
+    with smallest(path, ubatch_size=4) as engine:
+        got = engine.logits(tokens)
+    assert np.abs(got - want).max() <= 1e-3 * max(1, want.std())
+    return got
 
 
 def split_in_two(path: Path, folder: Path) -> Path:
