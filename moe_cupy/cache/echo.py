@@ -88,7 +88,7 @@ class Echo:
         weights = weights or load_weights()
         self._habit, self._mix = weights["habit"], weights["mix"]
         self._similar = Similar()
-        self._token, self._layer, self._event = -1, geometry.layers, 0
+        self._token, self._layer, self._event = -1, geometry.layers - 1, 0  # before the first
         self._used = [0] * pairs  # bits of the tokens that used a key
         self._users_of: list[list[int]] = [[] for _ in range(TOKENS)]  # keys used by the token at each position
         self._last = [-LONGEST_REST] * pairs  # the last token that used a key
@@ -101,7 +101,7 @@ class Echo:
         self._lowest_key = [-1] * geometry.layers  # … and whose it is
         self._stale: set[int] = set()  # layers to look at before someone is given up
         self._hidden: set[int] = set()  # layers whose lowest leaves out someone pinned
-        self._windows: tuple[int, ...] = ()  # the last 8, 64, … tokens as bits
+        self._windows = (0,) * len(WINDOWS)  # the last 8, 64, … tokens as bits
         self._bit = self._past = 0  # the current token, and those before it, as bits
         self._neighbours, self._total = (0, 0), PRIOR  # the most similar tokens and those after them, as bits
         self._found = False  # whether this event's neighbours are known
@@ -204,7 +204,7 @@ class Echo:
     def _learn_habit(self, key: int, turn: int) -> None:
         """Log-odds that the key is used at its next turn, whatever the token."""
         bias, *of_window, of_rest = self._habit
-        used, share, tokens = self._used[key], 1 / self._experts, self._token + 1
+        used, share, tokens = self._used[key], min(1 / self._experts, 0.5), self._token + 1
         odds = bias + of_rest * math.log(1 + min(turn - self._last[key], LONGEST_REST))
         for weight, window, bits in zip(of_window, WINDOWS, self._windows, strict=True):
             uses = (used & bits).bit_count() + share

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ guesses what comes next and fetches it before it is asked for.</p>"""
 
 
 def pyplot() -> Any:
-    """matplotlib without a window. Raises RuntimeError, naming the remedy, where it is not installed."""
+    """matplotlib, without a window unless somebody (a notebook) has begun to draw already.
+
+    Raises RuntimeError, naming the remedy, where it is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
         raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg", force=False)
+    if "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot

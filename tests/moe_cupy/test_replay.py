@@ -351,11 +351,12 @@ def test_echo_learns_what_a_kind_of_token_does_next():
 
 
 @needs_routes
-def test_echo_is_the_best_causal_policy_on_the_shortest_real_traces():
-    for name, percents in (("mixtral-8x7b_decode_1", (5, 10, 25)), ("qwen3-30b-a3b_decode_1", (5,))):
+def test_echo_is_the_best_causal_policy_on_short_real_traces():
+    """The long ones are in docs/findings.md; 0.3 points count as a tie."""
+    for name, first in (("mixtral-8x7b_decode_1", 247), ("gpt-oss-20b_decode_2", 200)):
         (path,) = ROUTES.glob(f"*/{name}.npz")
-        trace = read_trace(path)
-        for percent in percents:
+        trace = read_trace(path).part(0, first)
+        for percent in (5, 10, 25):
             slots = slots_of(trace, percent / 100)
             rates = {policy: 100 * counts(trace, policy, slots).hit_rate for policy in POLICIES}
             best = max(rate for policy, rate in rates.items() if policy != "echo")
