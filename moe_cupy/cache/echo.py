@@ -87,6 +87,8 @@ class Echo:
         pairs = geometry.layers * geometry.experts
         weights = weights or load_weights()
         self._habit, self._mix = weights["habit"], weights["mix"]
+        self._of_rest = [self._habit[0] + self._habit[-1] * math.log(1 + rest) for rest in range(LONGEST_REST + 1)]
+        self._of_uses: list[list[float]] = [[0.0] for _ in WINDOWS]
         self._similar = Similar()
         self._token, self._layer, self._event = -1, geometry.layers - 1, 0  # before the first
         self._used = [0] * pairs  # bits of the tokens that used a key
@@ -138,6 +140,14 @@ class Echo:
         self._similar.begin_token()
         self._past = ((1 << min(self._token, TOKENS)) - 1) & ~self._bit
         self._windows = tuple(last_bits(window, at) for window in WINDOWS)
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        """What each number of uses in each window adds to the log-odds; the same for good when the windows are full."""
+        share, seen = min(1 / self._experts, 0.5), self._token + 1
+        for i, (window, weight) in enumerate(zip(WINDOWS, self._habit[1:-1], strict=True)):
+            if seen <= window:
+                self._of_uses[i] = [weight * math.log((n + share) / (seen + 1 - n - share)) for n in range(seen + 1)]
 
     def admit(self, key: int) -> None:
         layer = key // self._experts
@@ -203,12 +213,10 @@ class Echo:
 
     def _learn_habit(self, key: int, turn: int) -> None:
         """Log-odds that the key is used at its next turn, whatever the token."""
-        bias, *of_window, of_rest = self._habit
-        used, share, tokens = self._used[key], min(1 / self._experts, 0.5), self._token + 1
-        odds = bias + of_rest * math.log(1 + min(turn - self._last[key], LONGEST_REST))
-        for weight, window, bits in zip(of_window, WINDOWS, self._windows, strict=True):
-            uses = (used & bits).bit_count() + share
-            odds += weight * math.log(uses / (min(window, tokens) + 1 - uses))
+        used, rest = self._used[key], turn - self._last[key]
+        odds = self._of_rest[rest if rest < LONGEST_REST else LONGEST_REST]
+        for table, bits in zip(self._of_uses, self._windows, strict=True):
+            odds += table[(used & bits).bit_count()]
         self._odds[key], self._prior[key], self._known[key] = odds, PRIOR / (1 + math.exp(-odds)), turn
 
     def _find_lowest(self, layer: int, pinned: Collection[int]) -> None:

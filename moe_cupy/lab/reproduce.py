@@ -96,12 +96,12 @@ def lfru(trace: RouteTrace) -> Iterator[str]:
         published = {name: share for name, share in causal.items() if name != "echo"}
         best = min(published, key=lambda name: published[name])
         forced, bypass = (miss_share(trace, passes, None, admit=admit) for admit in (False, True))
-        gap = published[best] - bypass
+        gap = max(published[best] - bypass, 1e-12)
         yield (
             f"batch {batch}: lru {100 * causal['lru']:.2f}, lfu {100 * causal['lfu']:.2f}, "
             f"lfru {100 * causal['lfru']:.2f}, best published {best} {100 * published[best]:.2f}, "
             f"echo {100 * causal['echo']:.2f}, "
-            f"belady {100 * bypass:.2f}; gap {100 * gap / published[best]:.1f}% of the misses, "
+            f"belady {100 * bypass:.2f}; gap {100 * gap / max(published[best], 1e-12):.1f}% of the misses, "
             f"{100 * (published[best] - forced) / gap:.1f}% of it choice of victims"
         )
 

@@ -114,7 +114,7 @@ def cache_prior(model: Model, ids: Sequence[int]) -> Iterator[str]:
         for strength in (0.0, 0.1, 0.2, 0.4):
             count = {"misses": 0, "uses": 0}
             nll = []
-            with prior(strength, 2, slots, count):
+            with prior(strength, 1 if model.config.expert_used_count <= 2 else 2, slots, count):
                 for at in range(0, len(ids) - 1, 256):
                     part = np.asarray(ids[at : at + 256])
                     logits = model.logits(part)[:-1].astype(np.float64)
