@@ -245,10 +245,9 @@ def test_a_sink_takes_its_share_and_carries_no_value():
 
 def routing(experts: int, used: int, scale: float = 1.0, renormalise: bool = True) -> ModelConfig:
     names = "block_count embedding_length context_length attention.head_count attention.layer_norm_rms_epsilon".split()
-    keys = dict.fromkeys(names, 1) | {"attention.key_length": 2, "expert_weights_scale": scale}
-    keys |= {"expert_count": experts, "expert_used_count": used}
+    keys = dict.fromkeys(names, 1) | {"attention.key_length": 2, "expert_count": experts, "expert_used_count": used}
     c = load_config({f"qwen3moe.{k}": v for k, v in keys.items()} | {"general.architecture": "qwen3moe"}, 1)
-    return replace(c, renormalise=renormalise)
+    return replace(c, renormalise=renormalise, expert_weights_scale=scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
