@@ -78,21 +78,26 @@ class Simulation:
         """Attention, then the event's experts: resident ones first."""
         self._now += self._machine.attention_s
         cache = self.caches[layer]
-        resident = [key for key in event if key in cache.resident]
         missing, evicted = cache.access(layer, event, scores)
+        resident = [key for key in event if key not in missing] if missing else event
         out = self.out
         out.hits += len(resident)
         out.misses += len(missing)
-        out.collisions += sum(key in self._gone for key in missing)
+        if missing:
+            out.collisions += len(self._gone.intersection(missing))
         self._drop(evicted)
-        arrivals = [self._links.arrival(key, self._now) for key in resident]
-        out.late += sum(at > self._now for at in arrivals)
+        arrivals = [self._now] * len(resident)  # where nothing is fetched ahead, whoever is resident is here
+        if out.prefetched:
+            arrivals = [self._links.arrival(key, self._now) for key in resident]
+            out.late += sum(at > self._now for at in arrivals)
+            self._unused.difference_update(event)
         arrivals += [self._links.demand(key, self._now) for key in missing]
-        self._unused.difference_update(event)
         self._compute_from = self._now
         for at in sorted(arrivals):
-            out.stall_s += max(0.0, at - self._now)
-            self._now = max(self._now, at) + self._expert_s
+            if at > self._now:
+                out.stall_s += at - self._now
+                self._now = at
+            self._now += self._expert_s
 
     def fetch_ahead(self, layer: int, experts: Sequence[int], event: Sequence[int]) -> None:
         """Queue what the predictor expects of ``layer``; asked for when the router of the layer before had spoken."""
@@ -124,7 +129,7 @@ class Simulation:
     def _drop(self, evicted: Sequence[int]) -> None:
         self.out.evictions += len(evicted)
         self._gone.update(evicted)
-        for key in evicted:
+        for key in evicted if self.out.prefetched else ():
             cancelled = self._links.cancel(key, self._now)
             if key in self._unused:
                 self._unused.remove(key)
