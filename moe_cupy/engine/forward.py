@@ -140,13 +140,15 @@ class Forward:
         ahead = self._ahead(block)
         h, logits = networks.router_logits(block)
         ids, weights = networks.route(block, logits)
-        self.stream.record().synchronize()  # the routes are on the host now
+        routed = self.stream.record()
+        parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
+        given = weights if c.quirks.weigh == "input" else None
+        buffers = {"x": h, "parts": parts, "weights": given, "activation": c.quirks.activation}
+        routed.synchronize()  # the routes are on the host now
         if self.observe is not None:
             self.observe(layer, ids.copy())
         expected = [] if ahead is None else self.prefetcher.predict(ahead.tolist())
-        parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
-        buffers = {"x": h, "parts": parts, "weights": weights if c.quirks.weigh == "input" else None}
-        others = self._experts(block, ids, expected, buffers | {"activation": c.quirks.activation})
+        others = self._experts(block, ids, expected, buffers)
         networks.join(block, parts, weights, others)
 
     def _experts(self, block: Block, ids: Any, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
