@@ -1,4 +1,4 @@
-"""Command line of the runtime: run | logits | perplexity | check | bench | doctor."""
+"""Command line of the runtime: run | logits | perplexity | check | bench | doctor | routes | replay | synth."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_cupy.cache import POLICIES
 from moe_cupy.device import CHOICES
+from moe_cupy.lab_commands import add_replay, add_routes, add_synth
 from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.command import (
     RequestError,
@@ -38,7 +39,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
     add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
-    add("--policy", choices=list(POLICIES), default="lru", help="whom to evict (default lru)")
+    add("--policy", choices=list(POLICIES), default="echo", help="whom to evict (default echo)")
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
     add("-ub", "--ubatch-size", type=int, default=512, help="prompt tokens at a time (default 512)")
@@ -218,6 +219,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="start with an empty cache")
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
+    add_routes(commands)
+    add_replay(commands)
+    add_synth(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser

@@ -34,6 +34,7 @@ def routed(block: Block, x: np.ndarray, logits: np.ndarray, observe: Observer) -
     c, layer = block.config, block.layer
     bias = block.vector("exp_probs_b.bias") if block.full("exp_probs_b.bias") in block.weights else None
     ids, weights = route(logits, c, bias)  # [T, k]
+    observe(f"ffn_moe_logits-{layer.index}", logits)
     observe(f"ffn_moe_topk-{layer.index}", ids)
     observe(f"ffn_moe_weights-{layer.index}", weights)
 

@@ -18,7 +18,7 @@ class Keys:
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str):
         ignored = {f"{architecture}.{key}" for key, readers in READ_BY.items() if architecture not in readers}
-        for name in ignored & set(metadata):
+        for name in (n for n in ignored & set(metadata) if metadata[n] is False or metadata[n] != 0):  # 0 says: none
             warnings.warn(f"{name}: {metadata[name]!r} has no effect for {architecture}, as in llama.cpp", stacklevel=2)
         self.metadata = {name: value for name, value in metadata.items() if name not in ignored}
         self.architecture = architecture

@@ -16,7 +16,7 @@ from moe_ref.block import Block, normalise
 from moe_ref.config import ModelConfig, load_config
 from moe_ref.deltanet import delta_net
 from moe_ref.experts import Expert
-from moe_ref.feed_forward import feed_forward
+from moe_ref.feed_forward import Observer, feed_forward
 from moe_ref.gguf import GGUFFile
 from moe_ref.kv import Cache
 from moe_ref.kv_types import kept_as
@@ -59,7 +59,7 @@ class Model:
     """A model read from a GGUF file; weights are decoded when first needed.
 
     ``observe(name, array)`` is told each layer's ``l_out-N`` [T, D] (residual stream after layer N),
-    ``ffn_moe_topk-N`` [T, k] and ``ffn_moe_weights-N`` [T, k], under llama.cpp's names for them.
+    ``ffn_moe_logits-N`` [T, E], ``ffn_moe_topk-N`` and ``ffn_moe_weights-N`` [T, k], under llama.cpp's names for them.
 
     ``act`` "q8" multiplies as llama.cpp's CPU kernels do, with activations rounded for each matrix (quants/dots.py);
     ``cache_type_k`` and ``cache_type_v`` are those of keys and values (kv_types.py). All float32 by default.
@@ -90,7 +90,7 @@ class Model:
             raise
         self.weights = ACTIVATIONS[act](self.file, dtype, keep_bytes, views)
         self.dtype = dtype
-        self.observe = _ignore
+        self.observe: Observer = _ignore
 
     def close(self) -> None:
         """Close the file; what is decoded already stays usable."""

@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "lab": {"cache", "prefetch", "plan", "moe_ref"},
     "tools": {"engine", "kernels", "device", "store", "cache", "prefetch", "plan", "moe_ref"},
     "cli": {"*"},
+    "lab_commands": {"*"},
     "demo": {"*"},
     "__main__": {"cli"},
     "__init__": {"engine", "moe_ref.__version__"},
@@ -271,6 +272,33 @@ def test_the_typical_function_is_short(package):
         pytest.skip(f"{package} has no function yet")
     median = statistics.median(lengths)
     assert median <= MAX_MEDIAN_FUNCTION_LINES, f"{package}: the median of {len(lengths)} functions is {median} lines"
+
+
+MAX_REFERENCE_LINES = 3500
+TABLE_FILES = ("pretokenizers.py",)  # rows and the patterns they are made of
+
+
+def lines_to_read(path: Path) -> int:
+    """Lines of code: no blanks, comments, docstrings, imports, or module-level tables (CAPITALS over several lines)."""
+    text = path.read_text("utf-8")
+    tree, skipped = ast.parse(text), set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            skipped.update(range(first.lineno, first.end_lineno + 1))
+    for node in tree.body:
+        names = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        in_capitals = all(isinstance(name, ast.Name) and name.id.isupper() for name in names)
+        if (in_capitals and node.end_lineno > node.lineno) or isinstance(node, ast.Import | ast.ImportFrom):
+            skipped.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in skipped for n, line in lines)
+
+
+def test_the_reference_can_be_read_in_a_sitting():
+    count = sum(lines_to_read(path) for path in sources(ROOT, ("moe_ref",)) if path.name not in TABLE_FILES)
+    assert 2000 < count <= MAX_REFERENCE_LINES, f"moe_ref: {count} lines of code without tables"
 
 
 def test_no_except_catches_everything_unnamed():

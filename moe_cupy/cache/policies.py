@@ -1,23 +1,47 @@
-"""Replacement policies: which resident expert to give up. Pure integers, no clock, no threads.
+"""Replacement policies: which resident expert to give up. Integers and floats, no clock, no threads.
 
-A key is ``layer * expert_count + expert``. The cache tells a policy three things: an event is about
-to use these keys (``begin``), a key became resident (``admit``), a key left (``evict``). It asks one:
-whom to give up (``victim``). The simulator, the notebooks and the runtime use these same objects.
+A key is ``layer * experts + expert``. The cache tells a policy four things: a sequence begins
+(``begin_sequence``), an event is about to use these keys (``begin``), a key became resident (``admit``),
+a key left (``evict``). It asks one: whom to give up (``victim``). The simulator, the notebooks and the
+runtime use these same objects. This file holds the protocol and the two textbook rules.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+
+class Geometry(NamedTuple):
+    """What a policy is made for: slots of its pool, layers and experts a layer of the model."""
+
+    slots: int
+    layers: int
+    experts: int
+
+
+class Scores(NamedTuple):
+    """What the router of an event said, where that is known; an event of several tokens has none."""
+
+    weights: Sequence[float] | None = None  # of the event's keys, in their order
+    router: Sequence[float] | None = None  # probability of every expert of the layer
 
 
 class Policy(Protocol):
     """What a cache pool needs to know of a replacement rule."""
 
-    def begin(self, layer: int, keys: Sequence[int]) -> None:
-        """One event: a layer of a forward pass is about to use ``keys`` (resident or not)."""
+    wants_scores: bool  # whether ``begin`` has a use for scores
+
+    def begin_sequence(self) -> None:
+        """What follows has nothing to do with the tokens so far."""
+
+    def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
+        """One event: a layer of a forward pass is about to use ``keys`` (resident or not).
+
+        A layer that does not come after the one before begins a new pass (decoding: a new token).
+        """
 
     def admit(self, key: int) -> None:
         """``key`` became resident, by demand or by prefetch."""
@@ -32,11 +56,16 @@ class Policy(Protocol):
 class LRU:
     """Least recently used first (the textbook); in an event hits count as used before misses, each in order of ids."""
 
-    def __init__(self, slots: int = 0) -> None:
-        del slots  # the rule does not depend on how many there are
+    wants_scores = False
+
+    def __init__(self, geometry: Geometry) -> None:
+        del geometry  # the rule does not depend on it
         self._order: OrderedDict[int, None] = OrderedDict()  # residents, oldest use first
 
-    def begin(self, layer: int, keys: Sequence[int]) -> None:
+    def begin_sequence(self) -> None:
+        """The rule does not care."""
+
+    def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         for key in keys:
             if key in self._order:
                 self._order.move_to_end(key)
@@ -58,15 +87,20 @@ class LFU:
     date is replaced when it surfaces, so a use costs nothing and a victim O(log n).
     """
 
-    def __init__(self, slots: int = 0) -> None:
-        del slots
+    wants_scores = False
+
+    def __init__(self, geometry: Geometry) -> None:
+        del geometry
         self._now = 0
         self._uses: dict[int, int] = {}
         self._last: dict[int, int] = {}
         self._resident: set[int] = set()
         self._heap: list[tuple[int, int, int]] = []
 
-    def begin(self, layer: int, keys: Sequence[int]) -> None:
+    def begin_sequence(self) -> None:
+        """The rule does not care."""
+
+    def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         for key in keys:
             self._now += 1
             self._uses[key] = self._uses.get(key, 0) + 1
@@ -106,5 +140,3 @@ class LFU:
     def _entry(self, key: int) -> tuple[int, int, int]:
         return self._uses.get(key, 0), self._last[key], key
 
-
-POLICIES: dict[str, Callable[[int], Policy]] = {"lru": LRU, "lfu": LFU}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from moe_cupy.cache.policies import Policy
+from moe_cupy.cache.policies import Geometry, Policy, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,9 @@ class Pool:
         self.counters = Counters()
         self._free = list(range(first_slot + slots - 1, first_slot - 1, -1))
 
-    def access(self, layer: int, keys: Sequence[int], pinned: Collection[int] = ()) -> Plan:
+    def access(
+        self, layer: int, keys: Sequence[int], pinned: Collection[int] = (), scores: Scores | None = None
+    ) -> Plan:
         """One event uses ``keys``; ``pinned`` (beside ``keys``) may not be evicted.
 
         Raises ValueError, and changes nothing, if ``keys`` and ``pinned`` together do not leave room.
@@ -61,7 +63,7 @@ class Pool:
             raise ValueError(f"{len(keep)} experts are in use at once, but there are only {self.slots} slots")
         hits = tuple((key, self.slot_of[key]) for key in keys if key in self.slot_of)
         missing = [key for key in keys if key not in self.slot_of]
-        self.policy.begin(layer, keys)
+        self.policy.begin(layer, keys, scores)
         self.unused.difference_update(keys)
         loads = tuple(load for key in missing if (load := self._admit(key, keep)) is not None)
         assert len(loads) == len(missing), "the policy gave no victim though there is one"
@@ -119,12 +121,13 @@ class ExpertCache:
         expert_count: int,
         class_of_layer: Sequence[int],
         slots: Sequence[int],
-        policy: Callable[[int], Policy],
+        policy: Callable[[Geometry], Policy],
     ):
         self.expert_count = expert_count
         self.class_of_layer = tuple(class_of_layer)
         first = [sum(slots[:i]) for i in range(len(slots))]
-        self.pools = tuple(Pool(n, policy(n), start) for n, start in zip(slots, first, strict=True))
+        shape = len(self.class_of_layer), expert_count
+        self.pools = tuple(Pool(n, policy(Geometry(n, *shape)), at) for n, at in zip(slots, first, strict=True))
 
     def key(self, layer: int, expert: int) -> int:
         """The integer name of a routed expert."""
@@ -134,9 +137,16 @@ class ExpertCache:
         """The pool that holds this layer's experts."""
         return self.pools[self.class_of_layer[layer]]
 
-    def access(self, layer: int, experts: Sequence[int], pinned: Collection[int] = ()) -> Plan:
+    def begin_sequence(self) -> None:
+        """A new sequence begins; residents stay."""
+        for pool in self.pools:
+            pool.policy.begin_sequence()
+
+    def access(
+        self, layer: int, experts: Sequence[int], pinned: Collection[int] = (), scores: Scores | None = None
+    ) -> Plan:
         """One event: ``layer`` uses ``experts`` (distinct ids)."""
-        return self.pool(layer).access(layer, [self.key(layer, e) for e in experts], pinned)
+        return self.pool(layer).access(layer, [self.key(layer, e) for e in experts], pinned, scores)
 
     def prefetch(self, layer: int, experts: Sequence[int], pinned: Collection[int]) -> tuple[Load, ...]:
         """Expect that ``layer`` will use ``experts``, likeliest first."""

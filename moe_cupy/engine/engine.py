@@ -36,7 +36,7 @@ class Options:
     """How to run; the names and defaults are those of the command line."""
 
     cache: str = "auto"  # 2GiB | 25% | slots:N | auto
-    policy: str = "lru"
+    policy: str = "echo"
     prefetch: str = "none"
     device: str = "auto"
     threads: int | None = None
@@ -148,6 +148,9 @@ class Engine:
     def reset(self) -> None:
         """Begin a new sequence: the KV cache and recurrent states are emptied, resident experts stay."""
         self.kv.reset()
+        self.forward.prefetcher.begin_sequence()
+        if self.mover is not None:
+            self.mover.cache.begin_sequence()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens parsed and added as the model's file says."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_cupy.cache import ExpertCache, Load
+from moe_cupy.cache import ExpertCache, Load, Scores
 from moe_cupy.device.base import Device, Event
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.store import MATRICES, ExpertStore
@@ -65,9 +65,11 @@ class ExpertMover:
         size = max(1, pool.slots // 2)
         return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
-    def acquire(self, layer: int, experts: Sequence[int], pinned: Collection[int] = ()) -> list[Held]:
+    def acquire(
+        self, layer: int, experts: Sequence[int], pinned: Collection[int] = (), scores: Scores | None = None
+    ) -> list[Held]:
         """Make ``experts`` available to this event; those already here come first. Never blocks."""
-        plan = self.cache.access(layer, experts, pinned)
+        plan = self.cache.access(layer, experts, pinned, scores)
         self.bytes_demand += len(plan.loads) * self.layout.expert_bytes(layer)
         loads = [self._start(load, DEMAND) for load in plan.loads]
         hits = [self._hold(key, slot) for key, slot in plan.hits]

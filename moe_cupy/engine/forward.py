@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_cupy.cache import Scores
 from moe_cupy.device.base import Device
 from moe_cupy.engine import networks
 from moe_cupy.engine.block import Block, Pass, Scratch
@@ -20,13 +21,12 @@ from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
 from moe_cupy.engine.weights import DenseWeights
 from moe_cupy.prefetch import Prefetcher
-from moe_ref.attention import temperature
+from moe_ref.attention import softmax, temperature
 from moe_ref.config import ModelConfig
 from moe_ref.model import divisors
 from moe_ref.rope import Rope, scaled_tables
 
 Groups = dict[int, tuple[np.ndarray, np.ndarray]]  # expert -> (token indices, ranks)
-RouteObserver = Callable[[int, np.ndarray], None]  # told (layer, ids [T, k])
 WAIT_EXPERTS = "expert load"
 _ONE = np.zeros(1, np.int64)
 
@@ -40,6 +40,18 @@ def group_by_expert(ids: np.ndarray) -> Groups:
         tokens, ranks = np.nonzero(ids == expert)
         groups[int(expert)] = tokens, ranks
     return groups
+
+
+class Routes(NamedTuple):
+    """What a layer's router said of T tokens."""
+
+    ids: Any  # int64 [T, k], best first
+    weights: Any  # [T, k]
+    router: Any  # logits [T, E]
+    ahead: Any = None  # int64 [T, k]: what the next layer's router said of the stream before this layer's experts
+
+
+RouteObserver = Callable[[int, Routes], None]  # told (layer, routes), in device memory that the next layer reuses
 
 
 class Forward:
@@ -128,12 +140,15 @@ class Forward:
     def _ahead(self, block: Block) -> Any:
         """The next layer's routes [T, k] if its router saw the residual stream as it is; None if it has none."""
         following = block.layer.index + 1
-        if not self.prefetcher.needs_next_router or following == len(self.config.layers):
-            return None
-        if not self.config.layers[following].is_moe:
+        if not (self.prefetcher.needs_next_router and self._leads_on(block.layer.index)):
             return None
         guess = Block(block.run, self.config.layers[following], self.weights.layers[following])
         return networks.route(guess, networks.router_logits(guess, "ahead ")[1], "ahead ")[0]
+
+    def _leads_on(self, layer: int) -> bool:
+        """Whether the next layer has routed experts too, which can be guessed from here."""
+        following = self.config.layers[layer + 1 : layer + 2]
+        return bool(following) and following[0].is_moe
 
     def _moe(self, block: Block) -> None:
         layer, c = block.layer.index, self.config
@@ -146,17 +161,19 @@ class Forward:
         buffers = {"x": h, "parts": parts, "weights": given, "activation": c.quirks.activation}
         routed.synchronize()  # the routes are on the host now
         if self.observe is not None:
-            self.observe(layer, ids.copy())
-        expected = [] if ahead is None else self.prefetcher.predict(ahead.tolist())
-        others = self._experts(block, ids, expected, buffers)
+            self.observe(layer, Routes(ids, weights, logits, ahead))
+        if self.prefetcher.predicts:
+            self.prefetcher.observe(layer, ids.tolist())
+        expected = self.prefetcher.predict([] if ahead is None else ahead.tolist()) if self._leads_on(layer) else []
+        others = self._experts(block, Routes(ids, weights, logits), expected, buffers)
         networks.join(block, parts, weights, others)
 
-    def _experts(self, block: Block, ids: Any, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
-        """Launch the experts of ids [T, k]; returns what is beside them, computed while the first are loaded."""
+    def _experts(self, block: Block, routes: Routes, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
+        """Launch the experts that were chosen; returns what is beside them, computed while the first are loaded."""
         assert self.mover is not None
-        layer, groups = block.layer.index, group_by_expert(ids)
+        layer, groups = block.layer.index, group_by_expert(routes.ids)
         waves = self.mover.waves(layer, list(groups))
-        held = self.mover.acquire(layer, waves[0])
+        held = self.mover.acquire(layer, waves[0], scores=self._scores(layer, routes))
         others = networks.beside(block, buffers["x"])
         for following in (*waves[1:], None):
             if following is None and expected:
@@ -165,6 +182,13 @@ class Forward:
             if following is not None:
                 held = self.mover.acquire(layer, following, self._keep(layer, held))
         return others
+
+    def _scores(self, layer: int, routes: Routes) -> Scores | None:
+        """What the router said of a single token, for policies that ask."""
+        assert self.mover is not None
+        if len(routes.ids) > 1 or not self.mover.cache.pool(layer).policy.wants_scores:
+            return None
+        return Scores(routes.weights[0].tolist(), softmax(routes.router)[0].tolist())
 
     def _keep(self, layer: int, held: Sequence[Held]) -> set[int]:
         """What to pin while the next wave loads: this wave, unless the pool has a single slot."""

@@ -57,12 +57,32 @@ def test_trained_model_writes_the_same_128_tokens_at_every_cache_size_policy_and
     want, want_logits, full = run(TRAINED, PROMPTS, 128, cache="100%")
     assert full.evictions == 0
     assert [len(tokens) for tokens in want] == [128] * 3
-    for cache, policy, prefetch in itertools.product(("100%", "50%", "25%", "slots:8"), POLICIES, PREFETCHERS):
+    sizes = ("100%", "50%", "25%", "slots:8")
+    runs = [*itertools.product(sizes, ["lru"], ("none", "next-gate")), *((size, "echo", "none") for size in sizes[1:])]
+    for cache, policy, prefetch in runs:
         got, logits, stats = run(TRAINED, PROMPTS, 128, cache=cache, policy=policy, prefetch=prefetch)
         assert got == want, f"{cache} {policy} {prefetch}"
         assert np.array_equal(logits, want_logits), f"{cache} {policy} {prefetch}"
         evicts = stats.evictions > 0
         assert evicts or cache == "100%", f"{cache} {policy} {prefetch}: nothing was evicted, so nothing was tested"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_writes_the_same_128_tokens_at_every_cache_size(policy):
+    want, want_logits, _ = run(TRAINED, PROMPTS, 128, cache="100%")
+    for cache, prefetch in itertools.product(("50%", "25%", "slots:8"), ("none", "next-gate")):
+        got, logits, _ = run(TRAINED, PROMPTS, 128, cache=cache, policy=policy, prefetch=prefetch)
+        assert got == want and np.array_equal(logits, want_logits), f"{cache} {policy} {prefetch}"
+
+
+def test_every_policy_and_every_prefetcher_writes_the_same():
+    want, want_logits, _ = run(TRAINED, PROMPTS[:1], 16, cache="100%")
+    pairs = [(policy, "none") for policy in POLICIES] + [("lfu", prefetch) for prefetch in PREFETCHERS]
+    for policy, prefetch in pairs:
+        got, logits, stats = run(TRAINED, PROMPTS[:1], 16, cache="slots:16", policy=policy, prefetch=prefetch)
+        assert got == want and np.array_equal(logits, want_logits), f"{policy} {prefetch}"
+        assert stats.evictions > 0 and (stats.bytes_prefetch > 0) == (prefetch != "none"), f"{policy} {prefetch}"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +192,7 @@ def test_counters_follow_from_the_routes(tmp_path):
     path = tiny_moe(tmp_path / "m.gguf", Shape(layers=3, experts=6, used=2))
     routed = []
     with Engine(path, cache="100%") as engine:
-        engine.forward.observe = lambda layer, ids: routed.extend((layer, int(e)) for e in ids[0])
+        engine.forward.observe = lambda layer, b: routed.extend((layer, int(e)) for e in b.ids[0])
         for token in range(20):
             engine.decode(token)
         stats, slab = engine.stats, engine.mover.layout.expert_bytes(0)

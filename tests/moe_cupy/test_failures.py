@@ -119,8 +119,8 @@ class SlotWatch:
         monkeypatch.setitem(OPS, "expert", self.real._replace(host=self.kernel))
         monkeypatch.setattr(engine.mover, "acquire", self.note)
 
-    def note(self, layer, experts, pinned=()):
-        held = self.acquire(layer, experts, pinned)
+    def note(self, layer, experts, pinned=(), scores=None):
+        held = self.acquire(layer, experts, pinned, scores)
         self.launched += [(layer, one.expert) for one in held]
         return held
 

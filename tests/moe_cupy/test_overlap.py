@@ -103,7 +103,7 @@ def test_demand_loads_overtake_queued_prefetches(model):
     dev = device(1.0, 1.0, r)
     routed = {}
     with Engine(model, _device=dev, cache="100%", prefetch="next-gate", reads_in_flight=1) as engine:
-        engine.forward.observe = lambda layer, ids: routed.update({layer: set(ids[0].tolist())})
+        engine.forward.observe = lambda layer, b: routed.update({layer: set(b.ids[0].tolist())})
         engine.decode(7)
         assert engine.stats.bytes_prefetch > 0, "the model must prefetch, or the test says nothing"
         assert engine.stats.misses > K, "some guesses must be wrong, or no demand load meets a queued prefetch"
@@ -133,9 +133,9 @@ def test_prefill_reads_one_wave_while_the_other_computes(model):
     a, x, r, slots = 2.0, 3.0, 1.0, 4
     dev = device(a, x, r)
     tokens = np.arange(40) % SHAPE.vocab
-    with Engine(model, _device=dev, cache=f"slots:{slots}", reads_in_flight=1) as engine:
+    with Engine(model, _device=dev, cache=f"slots:{slots}", policy="lru", reads_in_flight=1) as engine:
         used = []
-        engine.forward.observe = lambda layer, ids: used.append(len(np.unique(ids)))
+        engine.forward.observe = lambda layer, b: used.append(len(np.unique(b.ids)))
         start = dev.now
         engine.logits(tokens)
         assert min(used) > slots, "every layer must need several waves, or the test says nothing"

@@ -76,4 +76,70 @@ def test_next_gate_fetches_what_the_early_router_says():
 
 
 def test_the_table_of_prefetchers_makes_them_by_name():
-    assert {name: type(make()) for name, make in PREFETCHERS.items()} == {"none": NoPrefetch, "next-gate": NextGate}
+    assert {name: type(make()) for name, make in PREFETCHERS.items() if name in ("none", "next-gate")} == {
+        "none": NoPrefetch,
+        "next-gate": NextGate,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Predictors from routes: three layers, tokens told one by one
+
+
+def told(name: str, tokens: list[list[list[int]]], last: list[list[int]]) -> list[int]:
+    """What is predicted of the layer after ``last``, the beginning of one more token."""
+    predictor = PREFETCHERS[name]()
+    predictor.begin_sequence()
+    for token in [*tokens, last]:
+        for layer, ids in enumerate(token):
+            predictor.observe(layer, [ids])
+    return predictor.predict([])
+
+
+A, B = [[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "last", "expected"),
+    [
+        ("previous-token", [A, B], A[:1], [8, 9]),
+        ("previous-token", [A], B[:2], [4, 5]),
+        ("previous-token", [], A[:1], []),
+        ("frequency", [A, B, A], B[:1], [2, 3]),
+        ("transition", [A, B, A, B], A[:1], [2, 3]),
+        ("transition", [A, B, A, B], B[:2], [1, 2]),
+        ("transition", [A, B], [[0, 6]], [2, 3]),  # all four follow with probability 1/2: the lower ids
+        ("score-depth", [A, B], A[:1], [2, 3]),  # mass 1 + 1 of 2 reaches 0.7 x 2 with the second
+        ("score-depth", [A, B], [[0, 6]], [2, 3, 8]),  # 1/2 each: three reach 1.4
+        ("echo", [A, B] * 10, A[:1], [2, 3]),
+        ("echo", [A, B] * 10, B[:2], [1, 2]),
+        ("nearest-matrix", [A, A, B], A[:1], [2, 3]),  # no earlier sequence: its own counts
+    ],
+)
+def test_predictions_from_routes_worked_out_by_hand(name, tokens, last, expected):
+    assert told(name, tokens, last) == expected
+
+
+def test_the_nearest_matrix_is_that_of_the_earlier_sequence_on_the_same_topic():
+    predictor = PREFETCHERS["nearest-matrix"]()
+    for sequence in ([A, A, A], [B, B, B, B], [A]):
+        predictor.begin_sequence()
+        for token in sequence:
+            for layer, ids in enumerate(token):
+                predictor.observe(layer, [ids])
+    predictor.observe(0, [[0, 1]])
+    assert predictor.predict([]) == [2, 3]
+    predictor.observe(1, [[2, 3]])
+    assert predictor.predict([]) == [4, 5]
+
+
+@pytest.mark.parametrize("name", PREFETCHERS)
+@given(ids=st.lists(ROUTES, min_size=1, max_size=6))
+def test_no_predictor_names_an_expert_twice_or_fails_on_any_routes(name, ids):
+    predictor = PREFETCHERS[name]()
+    predictor.begin_sequence()
+    for i, rows in enumerate(ids):
+        if rows:
+            predictor.observe(i % 3, rows)
+            predicted = predictor.predict(rows)
+            assert len(set(predicted)) == len(predicted)

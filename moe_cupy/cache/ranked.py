@@ -1,0 +1,187 @@
+"""Policies that give every resident a number and give up the lowest; equal numbers: the use longest ago.
+
+``Ranked`` does the bookkeeping, a rule is then a few lines: what to remember of a use, and the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+from moe_cupy.cache.policies import Geometry, Scores
+
+GONE = math.inf  # the number of a resident that is no victim any more
+HALF_LIFE = 16  # tokens, of the decayed counts
+CLASS_HALF_LIFE, HIGHEST_CLASS = 128, 7  # of llama.cpp's classes of uses
+
+
+class Ranked:
+    """Bookkeeping for rules that rank: residents in order of last use, numbers made once an event when needed."""
+
+    wants_scores = False
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.layers, self.experts = geometry.layers, geometry.experts
+        self.resident: dict[int, None] = {}  # in order of last use
+        self.now = 0  # events
+        self.token = 0  # forward passes
+        self.layer = -1
+        self._keys: list[int] = []
+        self._numbers: list[float] = []  # of self._keys; empty until a victim is asked for
+
+    def begin_sequence(self) -> None:
+        """Most rules do not care."""
+
+    def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
+        self.now += 1
+        self.token += layer <= self.layer
+        self.layer = layer
+        for key in keys:
+            if key in self.resident:
+                del self.resident[key]
+                self.resident[key] = None
+        self._keys, self._numbers = [], []
+        self.use(keys, scores)
+
+    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
+        """Remember that this event uses ``keys``."""
+
+    def numbers(self, keys: Sequence[int]) -> list[float]:
+        """What each of ``keys`` is worth now."""
+        raise NotImplementedError
+
+    def admit(self, key: int) -> None:
+        self.resident[key] = None
+        if self._numbers:
+            self._keys.append(key)
+            self._numbers += self.numbers([key])
+
+    def evict(self, key: int) -> None:
+        del self.resident[key]
+
+    def victim(self, pinned: Collection[int]) -> int | None:
+        if not self._numbers:
+            self._keys = list(self.resident)
+            self._numbers = self.numbers(self._keys)
+        passed: list[tuple[int, float]] = []
+        found = None
+        while found is None and self._numbers and (low := min(self._numbers)) < GONE:
+            at = self._numbers.index(low)
+            self._numbers[at] = GONE
+            key = self._keys[at]
+            if key in pinned:
+                passed.append((at, low))
+            elif key in self.resident:
+                found = key
+        for at, low in passed:
+            self._numbers[at] = low
+        return found
+
+    def distances(self) -> list[int]:
+        """Layers until each layer's next turn: 1 for the next layer, L for the current one, which was just here."""
+        ahead = self.layers - self.layer
+        return [layer + ahead for layer in range(self.layer + 1)] + list(range(1, ahead))
+
+
+class FIFO(Ranked):
+    """First in, first out: whoever has been resident longest."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self._arrived = [0] * geometry.layers * geometry.experts
+        self._arrivals = 0
+
+    def admit(self, key: int) -> None:
+        self._arrivals += 1
+        self._arrived[key] = self._arrivals
+        super().admit(key)
+
+    def numbers(self, keys: Sequence[int]) -> list[float]:
+        return [self._arrived[key] for key in keys]
+
+
+class LFRU(Ranked):
+    """Least of uses / (events since the last use + 1); counts survive eviction (arXiv 2608.07911)."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self._uses = [0] * geometry.layers * geometry.experts
+        self._last = [0] * geometry.layers * geometry.experts
+
+    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
+        for key in keys:
+            self._uses[key] += 1
+            self._last[key] = self.now
+
+    def numbers(self, keys: Sequence[int]) -> list[float]:
+        uses, last, now = self._uses, self._last, self.now + 1
+        return [uses[key] / (now - last[key]) for key in keys]
+
+
+class DecayedLFU(Ranked):
+    """Fewest uses, each worth half after ``half_life`` tokens; counts survive eviction.
+
+    Decay spares no one, so it changes no order: kept is log2(count) + token / half_life at the last use.
+    """
+
+    def __init__(self, geometry: Geometry, half_life: int = HALF_LIFE) -> None:
+        super().__init__(geometry)
+        self._half_life = half_life
+        self._count = [-GONE] * geometry.layers * geometry.experts
+
+    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
+        now = self.token / self._half_life
+        for key in keys:
+            self._count[key] = now + math.log2(1 + 2 ** (self._count[key] - now))
+
+    def numbers(self, keys: Sequence[int]) -> list[float]:
+        return [self._count[key] for key in keys]
+
+
+class UseClass(DecayedLFU):
+    """llama.cpp's expert cache: longest unused, its age divided by 2^class; class = log2 of decayed uses, 0 to 7."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry, CLASS_HALF_LIFE)
+        self._last = [0] * geometry.layers * geometry.experts
+
+    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
+        super().use(keys, scores)
+        for key in keys:
+            self._last[key] = self.now
+
+    def numbers(self, keys: Sequence[int]) -> list[float]:
+        now, last, count, decay = self.now, self._last, self._count, self.token / self._half_life
+        top = HIGHEST_CLASS
+        return [
+            (last[key] - now) / (1 if (log := count[key] - decay) < 1 else 1 << top if log >= top else 1 << int(log))
+            for key in keys
+        ]
+
+
+class LayerDistance(Ranked):
+    """The layer whose turn is furthest away gives up its least recently used (the last term of HOBBIT's score)."""
+
+    def numbers(self, keys: Sequence[int]) -> list[float]:
+        distance, experts = self.distances(), self.experts
+        return [-distance[key // experts] for key in keys]
+
+
+class LeastStale(Ranked):
+    """SpecMD's two tiers: what this pass has not touched goes before what it has; within a tier, LRU."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self._touched = [-1] * geometry.layers * geometry.experts
+
+    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
+        for key in keys:
+            self._touched[key] = self.token
+
+    def admit(self, key: int) -> None:
+        self._touched[key] = self.token
+        super().admit(key)
+
+    def numbers(self, keys: Sequence[int]) -> list[float]:
+        touched, token = self._touched, self.token
+        return [float(touched[key] == token) for key in keys]
