@@ -140,28 +140,31 @@ class Forward:
     def _ahead(self, block: Block) -> Any:
         """The next layer's routes [T, k] if its router saw the residual stream as it is; None if it has none."""
         following = block.layer.index + 1
-        if not self.prefetcher.needs_next_router or following == len(self.config.layers):
-            return None
-        if not self.config.layers[following].is_moe:
+        if not (self.prefetcher.needs_next_router and self._leads_on(block.layer.index)):
             return None
         guess = Block(block.run, self.config.layers[following], self.weights.layers[following])
         return networks.route(guess, networks.router_logits(guess, "ahead ")[1], "ahead ")[0]
+
+    def _leads_on(self, layer: int) -> bool:
+        """Whether the next layer has routed experts too, which can be guessed from here."""
+        following = self.config.layers[layer + 1 : layer + 2]
+        return bool(following) and following[0].is_moe
 
     def _moe(self, block: Block) -> None:
         layer, c = block.layer.index, self.config
         ahead = self._ahead(block)
         h, logits = networks.router_logits(block)
         ids, weights = networks.route(block, logits)
-        self.stream.record().synchronize()  # the routes are on the host now
+        routed = self.stream.record()
+        parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
+        given = weights if c.quirks.weigh == "input" else None
+        buffers = {"x": h, "parts": parts, "weights": given, "activation": c.quirks.activation}
+        routed.synchronize()  # the routes are on the host now
         if self.observe is not None:
             self.observe(layer, Routes(ids, weights, logits, ahead))
         if self.prefetcher.predicts:
             self.prefetcher.observe(layer, ids.tolist())
-        is_last = layer + 1 == len(self.config.layers)
-        expected = [] if is_last else self.prefetcher.predict([] if ahead is None else ahead.tolist())
-        parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
-        buffers = {"x": h, "parts": parts, "weights": weights if c.quirks.weigh == "input" else None}
-        buffers["activation"] = c.quirks.activation
+        expected = self.prefetcher.predict([] if ahead is None else ahead.tolist()) if self._leads_on(layer) else []
         others = self._experts(block, Routes(ids, weights, logits), expected, buffers)
         networks.join(block, parts, weights, others)
 

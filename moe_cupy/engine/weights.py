@@ -50,6 +50,8 @@ class LayerWeights:
 
     def of_expert(self, expert: int) -> dict[str, Any]:
         """Scales and biases of the products of one routed expert, as the op ``expert`` takes them."""
+        if not self.scales and not self.vectors:
+            return {}
         scales = {m: float(self.scales[stem][expert]) for m, stem in EXPERTS.items() if stem in self.scales}
         biases = {m: self.vectors[stem][expert] for m, stem in EXPERT_BIASES.items() if stem in self.vectors}
         return {"scales": scales, "biases": biases}
