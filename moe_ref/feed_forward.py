@@ -53,7 +53,7 @@ def shared_expert(block: Block, x: np.ndarray) -> np.ndarray:
     y = network(block, x, "_shexp")
     if not block.config.quirks.shared_gate:
         return y
-    return y * sigmoid(block.weights.product(x, block.full("ffn_gate_inp_shexp.weight")))
+    return y * sigmoid(block.linear(x, "ffn_gate_inp_shexp"))
 
 
 def two_branches(block: Block, x: np.ndarray, observe: Observer) -> np.ndarray:

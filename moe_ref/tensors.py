@@ -151,7 +151,10 @@ def layer_shapes(c: ModelConfig, layer: Layer, file: GGUFFile) -> Shapes:
     shapes: Shapes = dict.fromkeys((block + f"{name}.weight" for name in norms), (c.embedding_length,))
     shapes |= MIXER_SHAPES[layer.mixer](c, layer, block, file.tensors) | ffn_shapes(c, layer, block, file)
     shapes[block + "layer_output_scale.weight?"] = (1,)
-    return _with_biases(shapes) | shapes
+    biases = _with_biases(shapes)
+    if c.quirks.dense_beside:  # its router's scale is of another kind, and a bias has no place in its sum
+        del biases[block + "ffn_gate_inp.bias?"]
+    return biases | shapes
 
 
 def _with_biases(shapes: Shapes) -> Shapes:
