@@ -65,7 +65,7 @@ def test_every_folder_of_code_is_a_package(package):
 
 def test_kernel_sources_travel_with_the_packages():
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
-    assert {f"**/*.{suffix}" for suffix in ("cu", "toml", "npz")} <= set(patterns)
+    assert {f"**/*.{suffix}" for suffix in ("cu", "cuh", "h", "cpp", "toml", "npz")} <= set(patterns)
 
 
 @pytest.mark.parametrize("script", ["scripts/bootstrap.sh", "scripts/demo.sh", "scripts/test.sh", ".ci/run"])
