@@ -117,11 +117,11 @@ def router_case(rng: np.random.Generator, shape: tuple[int, int, int], block: in
 def router_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     """Every gating, groups, ties, all experts used, fewer experts than threads, more than threads."""
     yield router_case(rng, (4, 32, 4), block)
+    yield router_case(rng, (3, 256, 8), block, gating="sigmoid", groups=8, groups_used=4, with_bias=True)
+    yield router_case(rng, (2, 300, 8), block, gating="softmax over the selected", renormalise=False)
+    yield router_case(rng, (2, 160, 6), block, groups=8, groups_used=3)
     yield router_case(rng, (1, 12, 3), block, renormalise=False)
     yield router_case(rng, (3, 4, 4), block)
-    yield router_case(rng, (2, 300, 8), block, gating="softmax over the selected", renormalise=False)
-    yield router_case(rng, (3, 256, 8), block, gating="sigmoid", groups=8, groups_used=4, with_bias=True)
-    yield router_case(rng, (2, 160, 6), block, groups=8, groups_used=3)
     yield router_case(rng, (2, 16, 1), block, gating="sigmoid", select_logits=True, renormalise=False)
 
 
@@ -173,10 +173,10 @@ def attention_expected(q: Any, k: Any, v: Any, sight: Sight, positions: Any) -> 
 def all_attention_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     """Grouped heads, windows, chunks, sinks, a cap, half precision, latent rows, ragged widths."""
     make = partial(attention_cases, rng, block=block)
+    yield from make((3, 4, 2, 16, 16), 70, Sight(0.25, window=37, sinks=normal(rng, 4)))
     yield from make((1, 8, 4, 32, 32), 40, Sight(32**-0.5))
     yield from make((7, 6, 2, 48, 20), 3, Sight(0.2))
     yield from make((1, 1, 1, 16, 16), 0, Sight(0.25))
-    yield from make((3, 4, 2, 16, 16), 70, Sight(0.25, window=37, sinks=normal(rng, 4)))
     yield from make((5, 2, 1, 24, 24), 60, Sight(0.2, chunk=32), dtype=np.float16)
     yield from make((2, 3, 1, 72, 64), 33, Sight(0.1))  # MLA: 64 of 72
     yield from make((2, 2, 2, 32, 32), 20, Sight(0.3, softcap=2.0))

@@ -22,7 +22,7 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
 #endif
 
 #define FULL 0xffffffffu
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(256) name
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(256, 1) name
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
 #define FORMAT_KERNEL(name) KERNEL(JOIN(name, FORMAT))  // one kernel for each tensor type, e.g. gemv_Q4_K
