@@ -22,6 +22,7 @@ from moe_ref.quants import dequantize
 
 BLOCKS = (32, 64, 128, 256)
 EXACT = {"argmax", "clamp", "fill", "group_by_expert", "kv_store", "quantize_q8", "resolve"}
+CHAINS = ("delta_recur", "gemv_naive")  # one long sum a thread: its bound is far above what random errors add up to
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,12 @@ def test_every_kernel_stays_within_its_tolerance(library, block, order):
         assert share <= 1, f"{label(case, block, order)}: off by {share} of what is allowed"
         for one in case.launches:
             worst[one.kernel] = max(worst[one.kernel], share)
-    assert set(worst) | {"resolve", "fill"} == set(sources.kernels()), "a kernel without a case is not checked"
+    assert set(worst) | {"resolve", "fill", "kv_store_q8_0"} == set(sources.kernels()), (
+        "a kernel without a case is not checked"
+    )
     for kernel, share in worst.items():
         exact = kernel in EXACT or kernel.startswith("embed")
-        floor = 0.0 if exact or kernel.startswith("delta_recur") else 0.001
+        floor = 0.0 if exact else 1e-5 if kernel.startswith(CHAINS) else 0.001
         assert share >= floor, f"{kernel}: used only {share} of its tolerance, which is slack"
 
 
@@ -86,6 +89,19 @@ def test_rounding_activations_costs_what_it_should(library):
     bound = (step / 2 * (1 + 1e-5)) @ np.abs(expand(w)).T + 1e-5
     assert np.all(np.abs(rounded - exact) <= bound)
     assert np.abs(rounded - exact).max() > 0.01 * bound.max()
+
+
+def test_a_q8_0_cache_holds_what_gguf_makes_of_the_rows(library):
+    gguf = pytest.importorskip("gguf")
+    x, rows = normal(np.random.default_rng(8), 3, 160), np.array([4, 0, 2], np.int32)
+    x[1, 32:64] = 0
+    x[2, :3] = 127, 2.5, -0.5  # halves go away from zero
+    x[2, 3:32] = 0
+    cache = np.full((5, 6 * 34), 0xCD, np.uint8)
+    library.launch(launches.kv_store(cache, x, rows, column=32, width=128, block=64))
+    want = gguf.quants.quantize(x[:, :128], gguf.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(cache[rows, 34 : 5 * 34], want)
+    assert np.all(cache[[1, 3]] == 0xCD) and np.all(cache[:, :34] == 0xCD) and np.all(cache[:, 5 * 34 :] == 0xCD)
 
 
 def test_the_formats_are_those_that_moe_ref_decodes():

@@ -1,6 +1,6 @@
 // o[t, h] = softmax(scale q.k) v over the positions that query t sees; first half: partial results of `splits` parts.
 // partial f32 [T, H, splits, V + 2]: unnormalised o, then the part's largest score and its sum of exponentials.
-// q f32 [T, H, K]; k and v: cache rows k_stride and v_stride elements apart, type FORMAT, KV head g at g K and g V
+// q f32 [T, H, K]; k and v: cache rows k_stride and v_stride elements apart, type FORMAT (F32, F16, Q8_0: K and V in whole blocks), KV head g at g K and g V
 // (MLA: one KV head, v == k, V <= K); positions int32 [T]; position p lies in row p % ring. window, chunk, softcap: 0
 // is none. grid (splits, H, T); shared f32: K + warps (32 + V + 2). V <= 512.
 // A lane scores one of 32 positions, then the lanes share the value rows. Bytes: S (K + V) of the cache for each head
@@ -29,7 +29,7 @@ FORMAT_KERNEL(attention_decode)(float* partial, const float* q, const uint8_t* k
         float score = -INFINITE;
         if (lane < count) {
             const long long row = (long long)((base + lane) % ring) * k_stride + group * k_width;
-            const uint8_t* key = k + row * FORMAT::BYTES;
+            const uint8_t* key = k + row / FORMAT::BLOCK * FORMAT::BYTES;
             float sum = 0.f;
 #pragma unroll 4
             for (int i = 0; i < k_width; i++) sum += query[i] * FORMAT::value(key, i);
@@ -39,10 +39,10 @@ FORMAT_KERNEL(attention_decode)(float* partial, const float* q, const uint8_t* k
         __syncwarp();
         for (int j = 0; j < count; j++) {
             const long long row = (long long)((base + j) % ring) * v_stride + group * v_width;
-            const uint8_t* value = v + row * FORMAT::BYTES;
+            const uint8_t* value = v + row / FORMAT::BLOCK * FORMAT::BYTES;
             const float p = weights[j];
 #pragma unroll
-            for (int i = 0; i < MIX_WIDTH; i++)
+            for (int i = 0; i < MIX_WIDTH && 32 * i < v_width; i++)
                 if (lane + 32 * i < v_width) mixed.o[i] += p * FORMAT::value(value, lane + 32 * i);
         }
         __syncwarp();

@@ -32,11 +32,11 @@ FORMAT_KERNEL(attention_prefill)(float* out, const float* q, const uint8_t* k, c
         __syncthreads();
         for (int i = threadIdx.x; i < count * k_width; i += blockDim.x) {
             const long long row = (long long)((base + i / k_width) % ring) * k_stride + group * k_width;
-            keys[i / k_width * (k_width + 1) + i % k_width] = FORMAT::value(k + row * FORMAT::BYTES, i % k_width);
+            keys[i / k_width * (k_width + 1) + i % k_width] = FORMAT::value(k + row / FORMAT::BLOCK * FORMAT::BYTES, i % k_width);
         }
         for (int i = threadIdx.x; i < count * v_width; i += blockDim.x) {
             const long long row = (long long)((base + i / v_width) % ring) * v_stride + group * v_width;
-            values[i] = FORMAT::value(v + row * FORMAT::BYTES, i % v_width);
+            values[i] = FORMAT::value(v + row / FORMAT::BLOCK * FORMAT::BYTES, i % v_width);
         }
         __syncthreads();
         float score = -INFINITE;
@@ -52,7 +52,7 @@ FORMAT_KERNEL(attention_prefill)(float* out, const float* q, const uint8_t* k, c
             const float p = weights[j];
             if (p == 0.f) continue;  // the whole warp
 #pragma unroll
-            for (int i = 0; i < MIX_WIDTH; i++)
+            for (int i = 0; i < MIX_WIDTH && 32 * i < v_width; i++)
                 if (lane + 32 * i < v_width) mixed.o[i] += p * values[j * v_width + lane + 32 * i];
         }
     }

@@ -16,6 +16,7 @@ import numpy as np
 from moe_cupy.kernels.cuda import launches
 from moe_cupy.kernels.cuda.emulation.library import arrays_of
 from moe_cupy.kernels.cuda.launches import Launch, Pointers
+from moe_cupy.kernels.cuda.sources import PER_FORMAT
 from moe_cupy.kernels.matrix import Matrix
 from moe_ref.quants import BY_NAME, dequantize
 
@@ -157,6 +158,15 @@ def gemv_case(rng: np.random.Generator, kind: str, shape: tuple[int, int, int], 
     return Case(f"{launch.kernel} {shape}", (launch,), (Output(out, old + y + bias, error),))
 
 
+def naive_case(rng: np.random.Generator, kind: str, block: int) -> Case:
+    """A thread adds all groups one after another."""
+    cols = max(BY_NAME[kind].block_elements, 32)
+    w, x = random_matrix(rng, kind, 37, cols), normal(rng, 2, cols)
+    out, want = unset(2, 37), x @ expand(w).T
+    error = (cols + 4) * U * (np.abs(x) @ (np.abs(expand(w)) + 2 * np.abs(offsets(w))).T)
+    return Case(f"gemv_naive {kind}", (launches.gemv_naive(out, w, x, block),), (Output(out, want, error),))
+
+
 def heads_case(rng: np.random.Generator, kind: str, block: int) -> Case:
     """A matrix for each of 3 heads; the vectors of x and out are longer than what is used."""
     heads, rows, cols = 3, 10, 256
@@ -243,4 +253,6 @@ def matrix_cases(rng: np.random.Generator, kind: str, block: int) -> Iterator[Ca
         yield gemm_case(rng, kind, (3, 7, 2 * step), add=True)
         yield grouped_case(rng, kind, block)
     yield heads_case(rng, kind, block)
+    if kind in PER_FORMAT["gemv_naive"]:
+        yield naive_case(rng, kind, block)
     yield from embed_cases(rng, kind, block)

@@ -130,18 +130,18 @@ def router_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
 
 
 def attention_cases(
-    rng: np.random.Generator, shape: tuple[int, ...], past: int, sight: Sight, block: int, dtype: Any = np.float32
+    rng: np.random.Generator, shape: tuple[int, ...], past: int, sight: Sight, block: int, kind: str = "F32"
 ) -> Iterator[Case]:
     """The same queries by both ways; shape is (T, H, G, K, V). V < K with one group: values are part of the keys."""
     n_tokens, heads, groups, k_width, v_width = shape
     seen = past + n_tokens
     shares_rows = groups == 1 and v_width < k_width
-    k = normal(rng, seen + 5, groups, k_width).astype(dtype)
-    v = k if shares_rows else normal(rng, seen + 5, groups, v_width).astype(dtype)
-    k[seen:], v[seen:] = np.nan, np.nan  # rows of later tokens must not count
+    k, keys = cache_of(rng, kind, seen, groups * k_width)
+    v, values = (k, keys) if shares_rows else cache_of(rng, kind, seen, groups * v_width)
+    keys, values = (a.reshape(seen, groups, -1) for a in (keys, values))
     q, positions = normal(rng, n_tokens, heads, k_width), np.arange(past, seen, dtype=np.int32)
-    want, error = attention_expected(q, k[:seen], v[:seen, :, :v_width], sight, positions)
-    rows, label = CacheRows(k, v, groups), f"{shape} after {past}, {np.dtype(dtype)}"
+    want, error = attention_expected(q, keys, values[..., :v_width], sight, positions)
+    rows, label = CacheRows(k, v, groups), f"{shape} after {past}, {kind}"
     for splits in (1, 3):
         partial_results, out = unset(n_tokens, heads, splits, v_width + 2), unset(n_tokens, heads, v_width)
         first = launches.attention_decode(partial_results, q, rows, positions, sight, block)
@@ -150,6 +150,18 @@ def attention_cases(
     out = unset(n_tokens, heads, v_width)
     whole = launches.attention_prefill(out, q, rows, positions, sight, block)
     yield Case(f"attention_prefill {label}", (whole,), (Output(out, want, error),))
+
+
+def cache_of(rng: np.random.Generator, kind: str, seen: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """A cache with five rows more than are filled, all NaN, and the numbers of the filled, float64 [seen, width]."""
+    if kind == "Q8_0":
+        values = random_matrix(rng, "Q8_0", seen, width)
+        rows = np.full((seen + 5, width // 32 * 34), 0x7F, np.uint8)  # 0x7f7f is a NaN
+        rows[:seen] = values.data.reshape(seen, -1)
+        return rows, expand(values)
+    rows = normal(rng, seen + 5, width).astype({"F32": np.float32, "F16": np.float16}[kind])
+    rows[seen:] = np.nan  # later tokens must not count
+    return rows, rows[:seen].astype(np.float64)
 
 
 def attention_expected(q: Any, k: Any, v: Any, sight: Sight, positions: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +189,8 @@ def all_attention_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     yield from make((1, 8, 4, 32, 32), 40, Sight(32**-0.5))
     yield from make((7, 6, 2, 48, 20), 3, Sight(0.2))
     yield from make((1, 1, 1, 16, 16), 0, Sight(0.25))
-    yield from make((5, 2, 1, 24, 24), 60, Sight(0.2, chunk=32), dtype=np.float16)
+    yield from make((5, 2, 1, 24, 24), 60, Sight(0.2, chunk=32), kind="F16")
+    yield from make((2, 4, 2, 64, 32), 40, Sight(0.3), kind="Q8_0")
     yield from make((2, 3, 1, 72, 64), 33, Sight(0.1))  # MLA: 64 of 72
     yield from make((2, 2, 2, 32, 32), 20, Sight(0.3, softcap=2.0))
 

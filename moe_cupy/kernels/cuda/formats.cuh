@@ -90,6 +90,10 @@ struct Q8_0 {
         EACH8 out.q[i] = (int)load32_by16(b + 2 + 4 * i);
         return out;
     }
+    static __device__ __forceinline__ float value(const uint8_t* row, int i) {  // for the KV cache
+        const uint8_t* b = row + (i >> 5) * 34;
+        return load_half(b) * (float)(int8_t)b[2 + (i & 31)];
+    }
 };
 struct IQ4_NL {
     DECODER(32, 18, 0) {

@@ -64,7 +64,8 @@ def occupancy(registers: int, threads: int, shared_bytes: int, architecture: int
 
 def measure(architectures: tuple[int, ...] = ARCHITECTURES) -> Measured:
     """Compile everything for every architecture; raises ToolchainError."""
-    compiler, found = NVRTC(), defaultdict(dict)
+    compiler = NVRTC()
+    found: Measured = defaultdict(dict)
 
     def one(job: tuple[int, str]) -> tuple[int, list[Resources]]:
         return job[0], assemble(compiler.ptx(whole_program(job[1]), f"{job[1]}.cu", job[0]), job[0])

@@ -6,6 +6,8 @@
 // ceil(max pairs of a slot / 32), slots); shared: (8 + 4) 64 + (8 + 2) 32 words = 4352 bytes.
 // Bytes: each tile reads its rows once for 32 pairs; integer FLOPs 2 pairs rows cols. Compute-bound from about 32
 // pairs a slot on; dp4a without double buffering: expected at a third of the dp4a peak. A prompt's matrices.
+#undef REGISTERS_PER_THREAD
+#define REGISTERS_PER_THREAD 128
 enum { TILE_ROWS = 64, TILE_PAIRS = 32, GEMM_THREADS = 128 };
 
 FORMAT_KERNEL(gemm)(float* out, const uint8_t* const* weight_of, const Q8* x, const int* order, const int* first,

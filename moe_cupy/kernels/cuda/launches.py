@@ -88,6 +88,12 @@ def gemv(
     return _warp_each(f"gemv{'_q8' if is_q8 else ''}_{w.type}", rows, len(x), heads, block, args)
 
 
+def gemv_naive(out: Any, w: Matrix, x: Any, block: int = 128) -> Launch:
+    """out [T, rows] = x W^T, a thread for each row; x [T, cols]. For measuring gemv against."""
+    args = (out, w.data, x, w.rows, w.cols)
+    return Launch(f"gemv_naive_{w.type}", (ceil_div(w.rows, block), len(x), 1), block, args)
+
+
 def gemm(
     out: Any, weights: Pointers, like: Matrix, x: Any, order: Any = None, first: Any = None, *, bias: Any = None,
     per_row: int = 1, most: int = 0, add: bool = False,
@@ -214,7 +220,7 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class CacheRows:
-    """One layer's cache, float32 or float16: k and v [ring, ...]; position p is row p % ring.
+    """One layer's cache: k and v [ring, ...] float32, float16 or (uint8) Q8_0 blocks; position p is row p % ring.
 
     KV head g has its K keys at g * K of a row, its V values at g * V.
     """
@@ -226,12 +232,13 @@ class CacheRows:
     @property
     def format(self) -> str:
         """The name of its numbers' type."""
-        return "F16" if self.k.dtype == "float16" else "F32"
+        return {"float16": "F16", "float32": "F32", "uint8": "Q8_0"}[str(self.k.dtype)]
 
     def shape_args(self, k_width: int, v_width: int) -> tuple[int, ...]:
-        """The kernels' groups, K, V, strides and ring."""
+        """The kernels' groups, K, V, strides (in numbers) and ring."""
         ring = len(self.k)
-        return self.groups, k_width, v_width, self.k.size // ring, self.v.size // ring, ring
+        strides = (a.size // ring * (32 if self.format == "Q8_0" else 34) // 34 for a in (self.k, self.v))
+        return self.groups, k_width, v_width, *strides, ring
 
 
 def rope(x: Any, cos: Any, sin: Any, style: str, positions: Any = None, offset: int = 0, block: int = 128) -> Launch:
@@ -243,10 +250,14 @@ def rope(x: Any, cos: Any, sin: Any, style: str, positions: Any = None, offset: 
 
 
 def kv_store(cache: Any, x: Any, rows: Any, column: int = 0, width: int = 0, block: int = 128) -> Launch:
-    """cache[rows[t], column:][:width] = x[t, :width]; cache [ring, *] float32 or float16, x [T, *]."""
-    stride = x.shape[-1]
-    args = (cache, x, rows, width or stride, stride, cache.shape[-1], column, int(cache.dtype == "float16"))
-    return Launch("kv_store", (ceil_div(width or stride, block), len(x), 1), block, args)
+    """cache[rows[t], column:][:width] = x[t, :width]; x [T, .], cache [ring, .] float32, float16 or Q8_0 blocks."""
+    stride, row = x.size // len(x), cache.size // len(cache)
+    width = width or stride
+    if cache.dtype == "uint8":
+        args: tuple[Any, ...] = (cache, x, rows, width, stride, row // 34 * 32, column)
+        return Launch("kv_store_q8_0", (ceil_div(width, block), len(x), 1), block, args)
+    args = (cache, x, rows, width, stride, row, column, int(cache.dtype == "float16"))
+    return Launch("kv_store", (ceil_div(width, block), len(x), 1), block, args)
 
 
 def attention_decode(partial: Any, q: Any, cache: CacheRows, positions: Any, sight: Sight, block: int = 128) -> Launch:

@@ -22,7 +22,10 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
 #endif
 
 #define FULL 0xffffffffu
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(256, 1) name
+#ifndef REGISTERS_PER_THREAD
+#define REGISTERS_PER_THREAD 80  // at most, so that a multiprocessor holds 768 threads
+#endif
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(256, 65536 / 256 / REGISTERS_PER_THREAD) name
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
 #define FORMAT_KERNEL(name) KERNEL(JOIN(name, FORMAT))  // one kernel for each tensor type, e.g. gemv_Q4_K

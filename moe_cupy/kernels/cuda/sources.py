@@ -18,11 +18,12 @@ HEADERS = tuple(f"{name}.cuh" for name in "prelude formats kformats rows activat
 PLAIN_FORMATS = ("F32", "F16", "BF16")
 BLOCK_FORMATS = tuple("Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split())
 FORMATS = (*PLAIN_FORMATS, *BLOCK_FORMATS)
-CACHE_FORMATS = ("F32", "F16")  # of the KV cache
+CACHE_FORMATS = ("F32", "F16", "Q8_0")  # of the KV cache
 
 # Files that are compiled once for each of some formats; all other files once.
 PER_FORMAT: dict[str, tuple[str, ...]] = {
     "gemv": FORMATS,
+    "gemv_naive": ("F32", "Q8_0", "Q4_K"),
     "embed": FORMATS,
     "expert_gate_up": FORMATS,
     "expert_down": FORMATS,
