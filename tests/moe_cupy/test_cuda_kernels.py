@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,8 @@ from moe_cupy.cache.policies import LRU
 from moe_cupy.kernels.cuda import launches, sources
 from moe_cupy.kernels.cuda.cases import Case, Output, expand, normal, quantized, random_matrix, unset
 from moe_cupy.kernels.cuda.check import all_cases
-from moe_cupy.kernels.cuda.emulation.build import BuildError, build, compiler
+from moe_cupy.kernels.cuda.emulation import build as building
+from moe_cupy.kernels.cuda.emulation.build import FAST, BuildError, Flavour, build, compiler
 from moe_cupy.kernels.cuda.emulation.library import LaunchError, Library, emulated
 from moe_cupy.kernels.cuda.launches import Launch, Pointers, Residency
 from moe_ref.quants import FORMATS as DECODERS
@@ -190,6 +192,34 @@ def good_launch() -> Launch:
 def test_a_wrong_launch_is_refused_before_it_runs(library, change, says):
     with pytest.raises(LaunchError, match=says):
         library.launch(replace(good_launch(), **change))
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match=r"apt-get install g\+\+"):
+        build()
+
+
+def test_a_source_that_does_not_compile_is_an_error_and_leaves_nothing(library, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_CUPY_CACHE", str(tmp_path / "cache"))
+    for path in [*sources.HERE.glob("*.cuh"), sources.HERE / "argmax.cu"]:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "argmax.cu").write_text(sources.text_of("argmax") + "int broken = no_such_name;\n")
+    with pytest.raises(BuildError, match="no_such_name"):
+        build(FAST, ("argmax",), tmp_path)
+    assert not list((tmp_path / "cache").rglob("argmax*.o*"))
+
+
+def test_what_is_built_is_built_once_and_the_portable_switch_does_the_same(library, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_CUPY_CACHE", str(tmp_path))
+    portable = Flavour("portable", ("-O1", "-DEMULATION_UCONTEXT"))
+    path = build(portable, ("argmax", "router"))
+    monkeypatch.setattr(building.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert build(portable, ("argmax", "router")) == path
+    cases = [c for c in all_cases(128, ()) if {one.kernel for one in c.launches} <= {"argmax", "router"}]
+    assert len(cases) > 5
+    for case in cases:
+        assert case.run(Library(path, 7).launch) <= 1, case.label
 
 
 def test_q8_blocks_have_the_layout_of_the_header():

@@ -97,6 +97,7 @@ def router_case(rng: np.random.Generator, shape: tuple[int, int, int], block: in
     order = np.argsort(-logits[0])
     logits[0, order[used : used + 1]] = logits[0, order[used - 1]]
     logits[-1] = 0.5
+    logits += np.float32(how.pop("shift", 0))
     bias = None
     if how.pop("with_bias", False):
         bias = (rng.integers(-4, 5, experts) / 8).astype(np.float32)  # steps that no rounding blurs
@@ -122,7 +123,8 @@ def router_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     yield router_case(rng, (2, 160, 6), block, groups=8, groups_used=3)
     yield router_case(rng, (1, 12, 3), block, renormalise=False)
     yield router_case(rng, (3, 4, 4), block)
-    yield router_case(rng, (2, 16, 1), block, gating="sigmoid", select_logits=True, renormalise=False)
+    yield router_case(rng, (2, 24, 3), block, gating="sigmoid", shift=-18)  # a sum below the floor of divisors
+    yield router_case(rng, (2, 16, 1), block, gating="sigmoid", select_logits=True, renormalise=False, shift=20)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -275,6 +277,7 @@ def recur_case(rng: np.random.Generator, shape: tuple[int, int, int, int], tiled
     """shape is (T, heads, key heads, width). Fades below 1 keep errors of earlier tokens from growing."""
     n_tokens, heads, key_heads, width = shape
     mixed = normal(rng, n_tokens, (2 * key_heads + heads) * width)
+    mixed[2, : 2 * key_heads * width] *= 1e-4  # so short that epsilon counts
     fade, beta = (rng.uniform(0.1, 0.9, (n_tokens, heads)).astype(np.float32) for _ in range(2))
     before, after, out = normal(rng, heads, width, width), unset(heads, width, width), unset(n_tokens, heads, width)
     q, k, v = np.split(mixed.astype(np.float64), [key_heads * width, 2 * key_heads * width], axis=-1)

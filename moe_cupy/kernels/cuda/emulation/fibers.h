@@ -3,14 +3,16 @@
 #pragma once
 #include <memory>
 #include <mutex>
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATION_UCONTEXT)
+#define EMULATION_SWITCH
+#else
 #include <ucontext.h>
 #endif
 
 inline dim3 blockDim, gridDim, blockIdx, threadIdx;
 
 namespace emulation {
-#if defined(__x86_64__)
+#ifdef EMULATION_SWITCH
 // Saves the registers that a call must preserve on the old stack and takes them from the new one.
 extern "C" void emulation_switch(void** save, void* load);
 asm(R"(
