@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compile every CUDA kernel for every architecture without a GPU or a toolkit, and compare what they need with
 # docs/kernels.md: sh scripts/cuda_gates.sh [--write]
-# NVRTC and ptxas come from pip wheels (about 150 MB to download) into .venv.
+# NVRTC and ptxas come from pip wheels (some 463 MB once installed) into .venv.
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 python=.venv/bin/python
