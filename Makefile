@@ -6,11 +6,11 @@ BENCH_ARGS ?= -p 64 -n 32 -r 3 -o md
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint oracle notebooks bench clean
+.PHONY: help demo test test-all lint oracle cuda-gates notebooks bench clean
 
 help: ## this list
 	@echo "make TARGET; each one sets up .venv by itself when it has to:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: ## a trained MoE model talks with 25% of its experts resident
 	@sh scripts/demo.sh
@@ -27,6 +27,9 @@ lint: ## ruff and mypy only
 oracle: ## the reference against llama.cpp and transformers, file by file; writes the table of docs/results.md
 	@sh scripts/bootstrap.sh base
 	@OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/oracle.py --write docs/results.md $(ORACLE_ARGS)
+
+cuda-gates: ## compile the CUDA kernels for seven architectures, no GPU needed; compares docs/kernels.md
+	@sh scripts/cuda_gates.sh
 
 notebooks: ## open the course in JupyterLab
 	@sh scripts/notebooks.sh

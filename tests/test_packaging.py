@@ -40,7 +40,7 @@ def test_the_base_install_runs_the_host_device():
 
 
 def test_the_extras_are_there():
-    assert set(EXTRAS) == {"cuda12", "cuda13", "notebooks", "dev"}
+    assert set(EXTRAS) == {"cuda12", "cuda13", "cuda-gates", "notebooks", "dev"}
     assert names(EXTRAS["cuda12"]) == {"cupy-cuda12x"}
     assert names(EXTRAS["cuda13"]) == {"cupy-cuda13x"}
     assert names(EXTRAS["notebooks"]) >= {"jupyterlab", "ipykernel", "ipywidgets", "matplotlib", "nbval", "gguf"}
@@ -65,7 +65,7 @@ def test_every_folder_of_code_is_a_package(package):
 
 def test_kernel_sources_travel_with_the_packages():
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
-    assert {f"**/*.{suffix}" for suffix in ("cu", "toml", "npz")} <= set(patterns)
+    assert {f"**/*.{suffix}" for suffix in ("cu", "cuh", "h", "cpp", "toml", "npz")} <= set(patterns)
 
 
 @pytest.mark.parametrize("script", ["scripts/bootstrap.sh", "scripts/demo.sh", "scripts/test.sh", ".ci/run"])

@@ -1,0 +1,67 @@
+// o[t, h] = softmax(scale q.k) v for many queries: key and value rows come once to shared memory for several queries.
+// out f32 [T, H, V]; the other parameters as in attention_decode, with sinks f32 [H] or null. A warp for each query:
+// grid (ceil(T / warps), H); shared f32: warps (K + 32) + 32 (K + 1) + 32 V, so 53 KB for K = V = 192; V <= 512.
+// Bytes: S (K + V) for each head and `warps` queries; FLOPs 2 T S H (K + V). Compute-bound on FMA pipes, at perhaps a
+// third of their peak: a lane reads two floats of shared memory for each product. Called once a layer for a prompt.
+FORMAT_KERNEL(attention_prefill)(float* out, const float* q, const uint8_t* k, const uint8_t* v, const float* sinks,
+                                 const int* positions, int n_tokens, int groups, int k_width, int v_width,
+                                 int k_stride, int v_stride, int ring, float scale, float softcap, int window,
+                                 int chunk) {
+    SHARED(float, shared);
+    const int heads = gridDim.y, head = blockIdx.y, group = head / (heads / groups), lane = lane_id();
+    const int t = blockIdx.x * warp_count() + warp_id(), last_t = min(n_tokens, (int)(blockIdx.x + 1) * warp_count());
+    float* query = shared + warp_id() * (k_width + 32);
+    float* weights = query + k_width;
+    float* keys = shared + warp_count() * (k_width + 32);
+    float* values = keys + 32 * (k_width + 1);
+
+    int begins = 0x7fffffff, ends = 0;  // what any query of the block sees
+    for (int i = blockIdx.x * warp_count(); i < last_t; i++) {
+        begins = min(begins, first_seen(positions[i], window, chunk));
+        ends = max(ends, positions[i] + 1);
+    }
+    const int mine = t < n_tokens ? positions[t] : -1, first = t < n_tokens ? first_seen(mine, window, chunk) : 0;
+    const long long pair = (long long)t * heads + head;
+    if (t < n_tokens)
+        for (int i = lane; i < k_width; i += 32) query[i] = q[pair * k_width + i];
+
+    Mixed mixed;
+    begin(mixed);
+    for (int base = begins; base < ends; base += 32) {
+        const int count = min(32, ends - base);
+        __syncthreads();
+        for (int i = threadIdx.x; i < count * k_width; i += blockDim.x) {
+            const long long row = (long long)((base + i / k_width) % ring) * k_stride + group * k_width;
+            keys[i / k_width * (k_width + 1) + i % k_width] = FORMAT::value(k + row / FORMAT::BLOCK * FORMAT::BYTES, i % k_width);
+        }
+        for (int i = threadIdx.x; i < count * v_width; i += blockDim.x) {
+            const long long row = (long long)((base + i / v_width) % ring) * v_stride + group * v_width;
+            values[i] = FORMAT::value(v + row / FORMAT::BLOCK * FORMAT::BYTES, i % v_width);
+        }
+        __syncthreads();
+        float score = -INFINITE;
+        if (base + lane >= first && base + lane <= mine) {
+            float sum = 0.f;
+#pragma unroll 4
+            for (int i = 0; i < k_width; i++) sum += query[i] * keys[lane * (k_width + 1) + i];
+            score = capped(sum * scale, softcap);
+        }
+        weights[lane] = weigh(mixed, score);
+        __syncwarp();
+        for (int j = 0; j < count; j++) {
+            const float p = weights[j];
+            if (p == 0.f) continue;  // the whole warp
+#pragma unroll
+            for (int i = 0; i < MIX_WIDTH && 32 * i < v_width; i++)
+                if (lane + 32 * i < v_width) mixed.o[i] += p * values[j * v_width + lane + 32 * i];
+        }
+    }
+
+    float total = warp_sum(mixed.total);
+    if (t >= n_tokens) return;
+    const float top = sinks ? fmaxf(mixed.top, sinks[head]) : mixed.top, fade = expf(mixed.top - top);
+    total = total * fade + (sinks ? expf(sinks[head] - top) : 0.f);
+#pragma unroll
+    for (int i = 0; i < MIX_WIDTH; i++)
+        if (lane + 32 * i < v_width) out[pair * v_width + lane + 32 * i] = mixed.o[i] * fade / total;
+}

@@ -1,0 +1,27 @@
+// cache[rows[t], column : column + width] = x[t, :]: keys or values of new positions into the KV cache.
+// cache f32 or (is_half) f16 [*, cache_stride], x f32 [T, width] x_stride apart, rows int32 [T]. One thread a number,
+// grid (ceil(width / block), T); no shared memory. Bytes: 6 or 8 a number; launch-bound. Called for k and for v.
+KERNEL(kv_store)(uint8_t* cache, const float* x, const int* rows, int width, int x_stride, int cache_stride,
+                 int column, int is_half) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= width) return;
+    const long long at = (long long)rows[blockIdx.y] * cache_stride + column + i;
+    const float value = x[(long long)blockIdx.y * x_stride + i];
+    if (is_half)
+        ((uint16_t*)cache)[at] = float_to_half(value);
+    else
+        ((float*)cache)[at] = value;
+}
+
+// The same into a cache of Q8_0 blocks: d = half(max |x| / 127), q = x / d before d was rounded, to the nearest, halves
+// away from zero, as ggml has it. column, width and both strides are multiples of 32; cache rows cache_stride numbers
+// apart. A warp for each block, grid (ceil(width / 32 / warps), T); no shared memory.
+KERNEL(kv_store_q8_0)(uint8_t* cache, const float* x, const int* rows, int width, int x_stride, int cache_stride,
+                      int column) {
+    const int g = blockIdx.x * warp_count() + warp_id(), lane = lane_id();
+    if (32 * g >= width) return;  // the whole warp
+    const float value = x[(long long)blockIdx.y * x_stride + 32 * g + lane], d = warp_max(fabsf(value)) / 127.f;
+    uint8_t* block = cache + ((long long)rows[blockIdx.y] * (cache_stride / 32) + column / 32 + g) * 34;
+    if (lane == 0) *(uint16_t*)block = float_to_half(d);
+    block[2 + lane] = (uint8_t)(int)roundf(value * (d > 0.f ? 1.f / d : 0.f));
+}

@@ -1,0 +1,90 @@
+// Prepended to the text of every kernel file: types, half precision, loads, reductions. No system header is needed.
+// Conventions of all kernels: blocks are one-dimensional, whole warps, at most 256 threads; no thread leaves before
+// the last barrier; all shared memory is dynamic; row-major arrays, shapes in comments; axes as in the project's docs.
+#ifdef __CUDACC__
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+#define SHARED(T, name) T* name = (T*)dynamic_shared
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+    float value;
+    asm("{ .reg .b16 t; mov.b16 t, %1; cvt.f32.f16 %0, t; }" : "=f"(value) : "h"(bits));
+    return value;
+}
+__device__ __forceinline__ uint16_t float_to_half(float x) {
+    uint16_t bits;
+    asm("{ .reg .b16 t; cvt.rn.f16.f32 t, %1; mov.b16 %0, t; }" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif
+
+#define FULL 0xffffffffu
+#ifndef REGISTERS_PER_THREAD
+#define REGISTERS_PER_THREAD 80  // at most, so that a multiprocessor holds 768 threads
+#endif
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(256, 65536 / 256 / REGISTERS_PER_THREAD) name
+#define JOIN2(a, b) a##_##b
+#define JOIN(a, b) JOIN2(a, b)
+#define FORMAT_KERNEL(name) KERNEL(JOIN(name, FORMAT))  // one kernel for each tensor type, e.g. gemv_Q4_K
+#define INFINITE __int_as_float(0x7f800000)
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+__device__ __forceinline__ int warp_count() { return blockDim.x / 32; }
+
+__device__ __forceinline__ uint32_t load16(const uint8_t* p) { return *(const uint16_t*)p; }
+__device__ __forceinline__ uint32_t load32(const uint8_t* p) { return *(const uint32_t*)p; }
+__device__ __forceinline__ uint32_t load32_by16(const uint8_t* p) { return load16(p) | load16(p + 2) << 16; }
+__device__ __forceinline__ uint32_t load32_by8(const uint8_t* p) {
+    return p[0] | p[1] << 8 | p[2] << 16 | (uint32_t)p[3] << 24;
+}
+__device__ __forceinline__ float load_half(const uint8_t* p) { return half_to_float(*(const uint16_t*)p); }
+
+// Every lane gets the result; the order of additions is fixed.
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int m = 16; m > 0; m >>= 1) x += __shfl_xor_sync(FULL, x, m);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (int m = 16; m > 0; m >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL, x, m));
+    return x;
+}
+// Every thread gets the result; scratch holds one float for each warp and may be used again at once.
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+    x = warp_sum(x);
+    if (lane_id() == 0) scratch[warp_id()] = x;
+    __syncthreads();
+    float total = 0.f;
+    for (int i = 0; i < warp_count(); i++) total += scratch[i];
+    __syncthreads();
+    return total;
+}
+
+// Of two candidates the larger value, ties to the lower index; a NaN never wins against a number.
+struct Best {
+    float value;
+    int index;
+};
+__device__ __forceinline__ Best better(Best a, Best b) {
+    bool second = b.value > a.value || (b.value == a.value && b.index < a.index);
+    return second ? b : a;
+}
+__device__ __forceinline__ Best warp_best(Best x) {
+    for (int m = 16; m > 0; m >>= 1) {
+        Best other = {__shfl_xor_sync(FULL, x.value, m), __shfl_xor_sync(FULL, x.index, m)};
+        x = better(x, other);
+    }
+    return x;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+// 32 activations as signed bytes: x = d * q; sums of q over each half, for formats whose weights have offsets.
+struct Q8 {
+    float d;
+    int16_t sum[2];
+    int q[8];
+};

@@ -1,0 +1,235 @@
+"""The CUDA kernels, compiled for the CPU, are right at every block size and in any order of lanes."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moe_cupy.cache import ExpertCache
+from moe_cupy.cache.policies import LRU
+from moe_cupy.kernels.cuda import launches, sources
+from moe_cupy.kernels.cuda.cases import Case, Output, expand, normal, quantized, random_matrix, unset
+from moe_cupy.kernels.cuda.check import all_cases
+from moe_cupy.kernels.cuda.emulation import build as building
+from moe_cupy.kernels.cuda.emulation.build import FAST, BuildError, Flavour, build, compiler
+from moe_cupy.kernels.cuda.emulation.library import LaunchError, Library, emulated
+from moe_cupy.kernels.cuda.launches import Launch, Pointers, Residency
+from moe_ref.quants import FORMATS as DECODERS
+from moe_ref.quants import dequantize
+
+BLOCKS = (32, 64, 128, 256)
+EXACT = {"argmax", "clamp", "fill", "group_by_expert", "kv_store", "quantize_q8", "resolve"}
+CHAINS = ("delta_recur", "gemv_naive")  # one long sum a thread: its bound is far above what random errors add up to
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    try:
+        compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+    return emulated()
+
+
+def label(case: Case, block: int, seed: int) -> str:
+    return f"{case.label}, blocks of {block}, lane order {seed}"
+
+
+@pytest.mark.parametrize(("block", "order"), [*((block, 0) for block in BLOCKS), (64, 1), (128, 2)])
+def test_every_kernel_stays_within_its_tolerance(library, block, order):
+    shuffled = Library(build(), order)
+    worst: dict[str, float] = defaultdict(float)
+    for case in all_cases(block, seed=block + order):
+        share = case.run(shuffled.launch)
+        assert share <= 1, f"{label(case, block, order)}: off by {share} of what is allowed"
+        for one in case.launches:
+            worst[one.kernel] = max(worst[one.kernel], share)
+    assert set(worst) | {"resolve", "fill", "kv_store_q8_0"} == set(sources.kernels()), (
+        "a kernel without a case is not checked"
+    )
+    for kernel, share in worst.items():
+        exact = kernel in EXACT or kernel.startswith("embed")
+        floor = 0.0 if exact else 1e-5 if kernel.startswith(CHAINS) else 0.001
+        assert share >= floor, f"{kernel}: used only {share} of its tolerance, which is slack"
+
+
+def test_results_do_not_depend_on_the_order_of_lanes(library):
+    """To the bit: no kernel adds in an order that the scheduler chooses."""
+    for one, other in zip(all_cases(64, ("Q4_K",)), all_cases(64, ("Q4_K",)), strict=True):
+        one.run(library.launch)
+        other.run(Library(build(), 99).launch)
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            assert a.got.tobytes() == b.got.tobytes(), one.label
+
+
+@pytest.mark.parametrize("kind", sources.BLOCK_FORMATS)
+def test_decoding_is_exact_on_any_bytes(library, kind):
+    """Infinite and NaN scales too; the expectation is moe_ref's decoder, which equals gguf's."""
+    rng, matrix = np.random.default_rng(3), random_matrix(np.random.default_rng(3), kind, 40, 512)
+    data = rng.integers(0, 256, matrix.nbytes, dtype=np.uint8)
+    out = unset(40, 512)
+    library.launch(launches.embed(out, replace(matrix, data=data)))
+    want = dequantize(data, kind, (40, 512))
+    numbers = ~np.isnan(want)
+    assert np.array_equal(np.isnan(out), ~numbers)
+    assert np.array_equal(out[numbers].view(np.uint32), want[numbers].view(np.uint32))
+
+
+def test_rounding_activations_costs_what_it_should(library):
+    """Q8 blocks are off by at most half a step of each group, and they are off: the two ways are two."""
+    rng = np.random.default_rng(5)
+    w, x = random_matrix(rng, "Q4_K", 20, 512), normal(rng, 3, 512)
+    blocks, exact, rounded = np.zeros((3, 16, 40), np.uint8), unset(3, 20), unset(3, 20)
+    for one in (launches.quantize_q8(blocks, x), launches.gemv(exact, w, x), launches.gemv(rounded, w, blocks)):
+        library.launch(one)
+    step = np.repeat(np.abs(x.reshape(3, 16, 32)).max(-1) / 127, 32, axis=-1)
+    bound = (step / 2 * (1 + 1e-5)) @ np.abs(expand(w)).T + 1e-5
+    assert np.all(np.abs(rounded - exact) <= bound)
+    assert np.abs(rounded - exact).max() > 0.01 * bound.max()
+
+
+def test_a_q8_0_cache_holds_what_gguf_makes_of_the_rows(library):
+    gguf = pytest.importorskip("gguf")
+    x, rows = normal(np.random.default_rng(8), 3, 160), np.array([4, 0, 2], np.int32)
+    x[1, 32:64] = 0
+    x[2, :3] = 127, 2.5, -0.5  # halves go away from zero
+    x[2, 3:32] = 0
+    cache = np.full((5, 6 * 34), 0xCD, np.uint8)
+    library.launch(launches.kv_store(cache, x, rows, column=32, width=128, block=64))
+    want = gguf.quants.quantize(x[:, :128], gguf.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(cache[rows, 34 : 5 * 34], want)
+    assert np.all(cache[[1, 3]] == 0xCD) and np.all(cache[:, :34] == 0xCD) and np.all(cache[:, 5 * 34 :] == 0xCD)
+
+
+def test_the_formats_are_those_that_moe_ref_decodes():
+    assert set(sources.FORMATS) < set(DECODERS)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# slots
+
+
+def residency(keys: int, slots: int) -> Residency:
+    state, last_use = np.zeros(6, np.int32), np.zeros(slots, np.int32)
+    return Residency(state, np.full(keys, -1, np.int32), np.full(slots, -1, np.int32), last_use)
+
+
+def events(rng: np.random.Generator, count: int, used: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(layer, distinct ids of 12 experts), some more popular than others, layers in turn."""
+    popularity = rng.dirichlet(np.ones(12) * 0.5, 3) + 0.01
+    for i in range(count):
+        p = popularity[i % 3] / popularity[i % 3].sum()
+        yield i % 3, rng.choice(12, used, replace=False, p=p).astype(np.int32)
+
+
+@pytest.mark.parametrize(("slots", "block"), [(4, 32), (9, 64), (36, 128), (40, 256)])
+def test_resolve_decides_as_the_cache_does(library, slots, block):
+    """Slot by slot and load by load, over 400 events; and the bytes that fill brings are those of the expert."""
+    rng = np.random.default_rng(slots)
+    cache, r = ExpertCache(12, (0, 0, 0), (slots,), LRU), residency(36, slots)
+    experts = [rng.integers(0, 256, 70, dtype=np.uint8) for _ in range(36)]
+    held = [np.zeros(70, np.uint8) for _ in range(slots)]
+    for layer, ids in events(rng, 400, 4):
+        got, loads = unset(4, dtype=np.int32), (unset(4, dtype=np.int32), unset(4, dtype=np.int32))
+        library.launch(launches.resolve(got, loads, ids, r, 12 * layer, block))
+        library.launch(launches.fill(Pointers(held), Pointers(experts), loads, r.state, 70, blocks=2, block=32))
+        plan = cache.access(layer, ids.tolist())
+        assert [(load.key, load.slot) for load in plan.loads] == list(zip(*loads, strict=True))[: r.state[4]]
+        where = dict(plan.hits) | {load.key: load.slot for load in plan.loads}
+        assert got.tolist() == [where[12 * layer + e] for e in ids]
+        for e, slot in zip(ids, got, strict=True):
+            assert np.array_equal(held[slot], experts[12 * layer + e])
+    counters = cache.pools[0].counters
+    assert r.state.tolist()[1:4] == [counters.hits, counters.misses, counters.evictions]
+    assert counters.hits > 100 or slots == 4, "a test without hits shows nothing"
+
+
+def test_resolve_says_where_there_is_no_room(library):
+    r, ids = residency(12, 2), np.array([3, 1, 4], np.int32)
+    got, loads = unset(3, dtype=np.int32), (unset(3, dtype=np.int32), unset(3, dtype=np.int32))
+    library.launch(launches.resolve(got, loads, ids, r, 0))
+    assert got.tolist() == [0, 1, -1] and r.state.tolist() == [2, 0, 2, 0, 2, 1]
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("n", [0, 5, 16, 1000])
+def test_fill_copies_any_number_of_bytes_at_any_address(library, n, shift):
+    source, target = np.arange(1100, dtype=np.uint8), np.full(1100, 0xEE, np.uint8)
+    keys, slots, state = np.array([0], np.int32), np.array([0], np.int32), np.array([0, 0, 0, 0, 1, 0], np.int32)
+    there, here = source[shift : shift + n], target[shift : shift + n]
+    library.launch(launches.fill(Pointers([here]), Pointers([there]), (keys, slots), state, n, blocks=3, block=64))
+    assert np.array_equal(target[shift : shift + n], source[shift : shift + n])
+    assert np.all(np.delete(target, np.s_[shift : shift + n]) == 0xEE)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# launching
+
+
+def good_launch() -> Launch:
+    return launches.argmax(np.zeros(1, np.int32), np.zeros((1, 8), np.float32), 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(kernel="no_such"), "no such kernel; there are"),
+        (dict(block=48), "48 threads; a block is a multiple of 32 up to 256"),
+        (dict(block=512), "512 threads"),
+        (dict(grid=(1, 0, 1)), "all three must be at least 1"),
+        (dict(args=(None, None)), "2 arguments; it takes 3"),
+        (dict(args=(None, 3, 8)), "argument logits is a int; the kernel takes a pointer"),
+        (dict(args=(None, np.zeros((8, 2))[:, 0], 8)), "argument logits is not contiguous"),
+        (dict(args=(None, None, 2**31)), "argument n = 2147483648 does not fit in 32 bits"),
+        (dict(args=(None, None, None)), "argument n is a NoneType; the kernel takes a int"),
+    ],
+)
+def test_a_wrong_launch_is_refused_before_it_runs(library, change, says):
+    with pytest.raises(LaunchError, match=says):
+        library.launch(replace(good_launch(), **change))
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match=r"apt-get install g\+\+"):
+        build()
+
+
+def test_a_source_that_does_not_compile_is_an_error_and_leaves_nothing(library, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_CUPY_CACHE", str(tmp_path / "cache"))
+    for path in [*sources.HERE.glob("*.cuh"), sources.HERE / "argmax.cu"]:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "argmax.cu").write_text(sources.text_of("argmax") + "int broken = no_such_name;\n")
+    with pytest.raises(BuildError, match="no_such_name"):
+        build(FAST, ("argmax",), tmp_path)
+    assert not list((tmp_path / "cache").rglob("argmax*.o*"))
+
+
+def test_what_is_built_is_built_once_and_the_portable_switch_does_the_same(library, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_CUPY_CACHE", str(tmp_path))
+    portable = Flavour("portable", ("-O1", "-DEMULATION_UCONTEXT"))
+    path = build(portable, ("argmax", "router"))
+    monkeypatch.setattr(building.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert build(portable, ("argmax", "router")) == path
+    cases = [c for c in all_cases(128, ()) if {one.kernel for one in c.launches} <= {"argmax", "router"}]
+    assert len(cases) > 5
+    for case in cases:
+        assert case.run(Library(path, 7).launch) <= 1, case.label
+
+
+def test_q8_blocks_have_the_layout_of_the_header():
+    blocks, values = quantized(np.array([[127.0, *[0.0] * 15, -3.0, *[0.0] * 15]], np.float32))
+    assert blocks.tobytes() == np.float32(1).tobytes() + bytes([127, 0, 253, 255, 127, *[0] * 15, 253, *[0] * 15])
+    assert values[0, 0] == 127 and values[0, 16] == -3
+
+
+def test_an_output_compares_as_it_says():
+    got = np.array([1.0, np.nan, 2.0])
+    assert Output(got, np.array([1.5, np.nan, 2.0]), 0.25).ratio() == 2
+    assert Output(got, np.array([1.0, 0.0, 2.0]), 1.0).ratio() == np.inf
+    assert Output(got[:1], np.array([1.0]), 0.0).ratio() == 0
