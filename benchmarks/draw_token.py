@@ -1,6 +1,6 @@
 """Draw docs/token.png: one token's way through the engine, and the time line that its schedule gives.
 
-    python benchmarks/draw_token.py
+    python benchmarks/draw_token.py  (needs matplotlib: `make test` and `make notebooks` install it)
 
 The time line is no sketch: the engine decodes one token of the bundled model on the virtual device, with
 costs chosen to make the overlap visible (attention 2, one expert 1.5, one read 2.5 units, two reads at once).

@@ -15,6 +15,7 @@ run; files that cannot are listed with the reason, and are a failure of the refe
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,7 +162,7 @@ def rounded_table(paths: list[Path]) -> int:
     failed = 0
     for path in (p for p in paths if strict(p)[1]):
         cells, passed = rounded_row(path)
-        failed += not passed
+        failed += [] if passed else [path.stem]
         print(line(cells), flush=True)
     print(f"\n{failed} farther than a fifth of float32's distance", file=sys.stderr)
     return 1 if failed else 0
@@ -182,9 +183,7 @@ def main() -> int:
         return 2
     if args.act == "q8":
         return rounded_table(paths)
-    if args.act == "q8":
-        return rounded_table(paths)
-    failed, refused, table = 0, [], [line(COLUMNS), "|---" * len(COLUMNS) + "|"]
+    failed, refused, table = [], [], [line(COLUMNS), "|---" * len(COLUMNS) + "|"]
     print(*table, sep="\n")
     for path in paths:
         try:
@@ -192,15 +191,20 @@ def main() -> int:
         except ValueError as error:
             refused.append(f"{path.stem}: {str(error)[:160]}")
             continue
-        failed += not passed
+        failed += [] if passed else [path.stem]
         table.append(line(cells))
         print(table[-1], flush=True)
-    print(f"\n{len(table) - 2} run, {failed} disagree; {len(refused)} cannot be run:", *refused, sep="\n  ",
-          file=sys.stderr)  # fmt: skip
-    if args.write:
+    summary = f"\n{len(table) - 2} run, {len(failed)} disagree; {len(refused)} cannot be run"
+    print(summary, *failed, *refused, sep="\n  ", file=sys.stderr)
+    wrong = bool(failed or len(table) == 2 or (refused and not args.engine))
+    if args.write and not wrong:
         replace_table(args.write, table)
-    return 1 if failed or len(table) == 2 or (refused and not args.engine) else 0
+    return int(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (BrokenPipeError, KeyboardInterrupt):  # whoever reads went away, or had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

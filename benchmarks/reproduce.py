@@ -52,4 +52,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:  # of a file that is missing or wrong
+        sys.exit(f"error: {error}")

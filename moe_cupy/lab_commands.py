@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_ref.command import RequestError, add_model, note, number, print_json, read_text, token_list, whole_file
+from moe_ref.command import (
+    RequestError,
+    add_model,
+    check_writable,
+    note,
+    number,
+    print_json,
+    read_text,
+    token_list,
+    whole_file,
+)
 
 Command = Callable[[str, Any], argparse.ArgumentParser]  # (name, what runs it) -> its parser
 
@@ -144,6 +154,9 @@ def cmd_replay(args: argparse.Namespace) -> None:
 
     if args.report and not args.report.endswith((".html", ".md")):
         raise RequestError(f"--report {args.report}: expected a name that ends in .html or .md")
+    if args.report:
+        check_writable(args.report)
+        report.pyplot()  # raises now rather than after all the work, where there is none
     machine = Machine(
         link_bytes_s=args.link_gbs * 1e9, link_latency_s=args.link_us * 1e-6, attention_s=args.attention_us * 1e-6,
         device_bytes_s=args.device_gbs * 1e9, host_share=args.host / 100, disk_bytes_s=args.disk_gbs * 1e9,

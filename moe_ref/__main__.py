@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
+
+# One BLAS thread, unless asked otherwise: most matrices here are small, and threads that share busy cores wait for
+# each other ten times as long as they work. NumPy reads this when it is imported, so it stands before that.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 

@@ -31,6 +31,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         sys.stdout.reconfigure(errors="replace")
     try:
         _refuse_broken_text(args)
+        _refuse_own_input(args)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(f"warning: {message}")
             code = args.run(args) or 0
@@ -71,6 +72,14 @@ def _refuse_broken_text(args: argparse.Namespace) -> None:
             raise RequestError(f"{flag}: character {error.start} is not {encoding} text; use -f FILE") from error
 
 
+def _refuse_own_input(args: argparse.Namespace) -> None:
+    """What is read must not be what is written, under whatever name."""
+    read = [getattr(args, name, None) for name in ("model", "routes", "file")]
+    paths = [path for item in read for path in (item if isinstance(item, list) else [item]) if path]
+    for output in filter(None, (getattr(args, "output", None), getattr(args, "report", None))):
+        refuse_same_file(output, (Path(path) for path in paths if os.path.exists(path)))
+
+
 def _complain(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
@@ -101,10 +110,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with open(path, "wb", buffering=0) as device:
             device.write(memory.getbuffer())
         return
-    if not target.parent.is_dir():
-        raise RequestError(f"{target}: there is no folder {target.parent}")
-    if target.is_dir():
-        raise RequestError(f"{target}: is a folder; name a file in it")
+    check_writable(target)
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:200]}.")
     except OSError as error:
@@ -120,6 +126,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise RequestError where no file can be at ``path``: its folder is missing, or it is one."""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise RequestError(f"{target}: there is no folder {target.parent}")
+    if target.is_dir():
+        raise RequestError(f"{target}: is a folder; name a file in it")
 
 
 def refuse_same_file(output: str, inputs: Iterable[Path]) -> None:

@@ -276,6 +276,25 @@ def test_a_full_disk_leaves_no_half_written_file_and_keeps_the_old_one(tiny, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.npz", "tiny.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (ref_main, ["logits", "{}", "--tokens", "1,2", "-o"]),
+        (ref_main, ["dequantize", "{}", "output_norm.weight", "-o"]),
+        (ref_main, ["quantize", "--type", "Q8_0", "{}"]),
+        (cupy_main, ["logits", "-m", "{}", "--tokens", "1,2", "-o"]),
+        (cupy_main, ["routes", "record", "-m", "{}", "--tokens", "1,2", "-o"]),
+    ],
+)
+def test_an_output_that_is_the_input_is_refused_and_the_input_stays(main, words, tiny, tmp_path, capsys):
+    link, before = tmp_path / "link.gguf", Path(tiny).read_bytes()
+    link.symlink_to(tiny)
+    for output in (tiny, str(link)):
+        assert main([word.format(tiny) for word in words] + [output]) == 2
+        assert "is the input itself" in capsys.readouterr().err
+        assert Path(tiny).read_bytes() == before
+
+
 def test_what_is_no_file_is_written_to_and_not_replaced(tiny, tmp_path):
     """Root's `-o /dev/null` must not make a file of the device; a pipe is the same case without the danger."""
     pipe, got = tmp_path / "pipe", []

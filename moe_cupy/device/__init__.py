@@ -25,10 +25,10 @@ def missing_for_cuda() -> str:
     try:
         import cupy
     except ImportError:
-        return "CuPy is not installed; pip install 'moe-offload[cuda13]' (or cuda12), or use --device host"
-    if not cupy.cuda.is_available():
-        return "CuPy finds no GPU or no driver (see nvidia-smi); use --device host"
-    return "a GPU is here, but this version has no CUDA kernels yet; use --device host"
+        found = "and CuPy is not installed"
+    else:
+        found = "though a GPU is here" if cupy.cuda.is_available() else "and CuPy finds no GPU or no driver"
+    return f"there is no CUDA device in this version yet ({found}); use --device host"
 
 
 def _host(threads: int | None) -> Device:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +31,10 @@ from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 DEFAULT_CONTEXT = 4096  # tokens, where neither the caller nor the model asks for less
+
+
+class EngineError(RuntimeError):
+    """An engine that is closed, or asked for two things at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ class Options:
         ):
             if value not in table:
                 raise ValueError(f"{flag} {value}: unknown; use one of {', '.join(table)}")
+        if not isinstance(self.cache, str):
+            raise ValueError(f"cache: {self.cache!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'")
         for name in ("ubatch_size", "reads_in_flight", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -80,6 +88,7 @@ class Engine:
         self.views = check_tensors(self.config, self.file)
         self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads)
         self._tokenizer: Tokenizer | None = None
+        self._in_use, self._sequences = threading.Lock(), 0  # _sequences: begun so far
         self._resources: list[Any] = [self.device, self.file]
         self._finalizer = weakref.finalize(self, _close_all, self._resources)
         try:
@@ -108,8 +117,11 @@ class Engine:
         """Ids that follow ``prompt``; ends before an id of ``stop``, at ``max_tokens``, or with the context.
 
         ``stop`` is the end-of-generation tokens for a text, nothing for a list of ids, unless given.
-        Raises ValueError for an empty prompt or one that does not fit the context.
+        Raises ValueError for an empty prompt or one that does not fit the context, and EngineError if another sequence
+        is begun on this engine before the last token was taken.
         """
+        if not isinstance(prompt, str | Sequence | np.ndarray):
+            raise ValueError(f"prompt: {prompt!r}, expected a text or a list of token ids")
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("the prompt has no tokens: there is nothing to continue")
@@ -117,13 +129,15 @@ class Engine:
             stop = self.tokenizer.eog_ids if isinstance(prompt, str) else ()
         pick = (sampler or Sampler()).sample
         self.reset()
+        mine, count = self._sequences, 0
         logits = self.prefill(ids)
-        count = 0
         while count != max_tokens and (token := int(pick(logits))) not in stop:
             yield token
             count += 1
             if count == max_tokens or self.kv.length == self.kv.capacity:
                 return
+            if self._sequences != mine:
+                raise EngineError("another sequence was begun on this engine: it holds one at a time")
             logits = self.decode(token)
 
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -147,10 +161,12 @@ class Engine:
 
     def reset(self) -> None:
         """Begin a new sequence: the KV cache and recurrent states are emptied, resident experts stay."""
-        self.kv.reset()
-        self.forward.prefetcher.begin_sequence()
-        if self.mover is not None:
-            self.mover.cache.begin_sequence()
+        with self._used_alone():
+            self._sequences += 1
+            self.kv.reset()
+            self.forward.prefetcher.begin_sequence()
+            if self.mover is not None:
+                self.mover.cache.begin_sequence()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens parsed and added as the model's file says."""
@@ -223,15 +239,28 @@ class Engine:
 
     def _timed(self, ids: np.ndarray, last_only: bool, is_prompt: bool) -> np.ndarray:
         """One pass; on any failure the pipeline is emptied first, so that the engine stays usable."""
-        start = time.perf_counter()
+        with self._used_alone():
+            start = time.perf_counter()
+            try:
+                logits = self.forward(ids, self.kv, last_only)
+            except BaseException:
+                self._recover()
+                raise
+            self.kv.advance(len(ids))
+            self._count(len(ids), time.perf_counter() - start, is_prompt)
+            return logits
+
+    @contextmanager
+    def _used_alone(self) -> Iterator[None]:
+        """Raises EngineError, and changes nothing, for a closed engine and while another thread uses it."""
+        if not self._finalizer.alive:
+            raise EngineError("the engine is closed")
+        if not self._in_use.acquire(blocking=False):
+            raise EngineError("another thread is using this engine: give each thread its own, or take turns")
         try:
-            logits = self.forward(ids, self.kv, last_only)
-        except BaseException:
-            self._recover()
-            raise
-        self.kv.advance(len(ids))
-        self._count(len(ids), time.perf_counter() - start, is_prompt)
-        return logits
+            yield
+        finally:
+            self._in_use.release()
 
     def _count(self, tokens: int, seconds: float, is_prompt: bool) -> None:
         s = self._stats

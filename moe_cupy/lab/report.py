@@ -32,7 +32,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+        raise RuntimeError("pictures need matplotlib: .venv/bin/pip install matplotlib") from error
     if "matplotlib.pyplot" not in sys.modules:
         matplotlib.use("Agg")
     from matplotlib import pyplot
