@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 
 from moe_cupy.cache.policies import Geometry, Scores
@@ -15,7 +16,7 @@ HALF_LIFE = 16  # tokens, of the decayed counts
 CLASS_HALF_LIFE, HIGHEST_CLASS = 128, 7  # of llama.cpp's classes of uses
 
 
-class Ranked:
+class Ranked(ABC):
     """Bookkeeping for rules that rank: residents in order of last use, numbers made once an event when needed."""
 
     wants_scores = False
@@ -29,7 +30,7 @@ class Ranked:
         self._keys: list[int] = []
         self._numbers: list[float] = []  # of self._keys; empty until a victim is asked for
 
-    def begin_sequence(self) -> None:
+    def begin_sequence(self) -> None:  # noqa: B027
         """Most rules do not care."""
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
@@ -43,12 +44,12 @@ class Ranked:
         self._keys, self._numbers = [], []
         self.use(keys, scores)
 
-    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
-        """Remember that this event uses ``keys``."""
+    def use(self, keys: Sequence[int], scores: Scores | None) -> None:  # noqa: B027
+        """Remember that this event uses ``keys``; some rules have nothing to remember."""
 
+    @abstractmethod
     def numbers(self, keys: Sequence[int]) -> list[float]:
         """What each of ``keys`` is worth now."""
-        raise NotImplementedError
 
     def admit(self, key: int) -> None:
         self.resident[key] = None
