@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 
-from moe_cupy.cache.policies import Geometry, Scores
+from moe_cupy.cache.policies import Geometry, Policy, Scores
 
 GONE = math.inf  # the number of a resident that is no victim any more
 HALF_LIFE = 16  # tokens, of the decayed counts
 CLASS_HALF_LIFE, HIGHEST_CLASS = 128, 7  # of llama.cpp's classes of uses
 
 
-class Ranked(ABC):
+class Ranked(Policy):
     """Bookkeeping for rules that rank: residents in order of last use, numbers made once an event when needed."""
-
-    wants_scores = False
 
     def __init__(self, geometry: Geometry) -> None:
         self.layers, self.experts = geometry.layers, geometry.experts
@@ -29,9 +27,6 @@ class Ranked(ABC):
         self.layer = -1
         self._keys: list[int] = []
         self._numbers: list[float] = []  # of self._keys; empty until a victim is asked for
-
-    def begin_sequence(self) -> None:  # noqa: B027
-        """Most rules do not care."""
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         self.now += 1
