@@ -31,7 +31,7 @@ NEIGHBOURS = 8
 WINDOWS = (8, 64, TOKENS - 1)
 LONGEST_REST = 300  # tokens: no difference beyond
 PRIOR = 3.0  # neighbours' worth of habit that is mixed with what the neighbours say
-REFRESH = (1,)  # layers ahead whose residents are looked at anew when someone has to go
+REFRESH = 1  # layers ahead, whose residents are looked at anew when someone has to go
 ALL = (1 << TOKENS) - 1
 WEIGHTS = Path(__file__).with_name("echo.toml")
 
@@ -187,7 +187,7 @@ class Echo(Policy):
             near = self._similar.best(NEIGHBOURS, self._past)
             after = (near << 1 | near >> (TOKENS - 1)) & ALL
             self._neighbours, self._total, self._found = (near, after), PRIOR + near.bit_count(), True
-            self._stale.update((self._layer + ahead) % self._layers for ahead in REFRESH)
+            self._stale.update((self._layer + ahead) % self._layers for ahead in range(1, REFRESH + 1))
         self._stale |= self._hidden
         self._hidden.clear()
         for layer in sorted(self._stale):

@@ -110,20 +110,59 @@ class LRU(Policy):
         return next((key for key in self._order if key not in pinned), None)
 
 
-class LFU(Policy):
-    """Least frequently used first, ties by least recent use; counts survive eviction.
+class Heaped(Policy):
+    """For rules by which only its own uses and arrivals change what a resident is worth, and only upwards.
 
-    The heap holds one live entry a resident, (uses, last use, key); an entry whose figures are out of
-    date is replaced when it surfaces, so a use costs nothing and a victim O(log n).
+    The heap holds one live entry a resident. One that is out of date is replaced when it surfaces, so a use costs
+    nothing and a victim O(log n).
     """
 
-    def __init__(self, geometry: Geometry) -> None:
-        del geometry
+    def __init__(self) -> None:
         self._now = 0
+        self._resident: set[int] = set()
+        self._heap: list[tuple[float, int, int]] = []
+
+    @abstractmethod
+    def worth(self, key: int) -> tuple[float, int, int]:
+        """What a resident is worth, what decides between equals, and the key; the lowest goes first."""
+
+    def admit(self, key: int) -> None:
+        self._resident.add(key)
+        if len(self._heap) > 2 * len(self._resident) + 8:  # entries of those that left, never surfaced
+            self._heap = [self.worth(k) for k in self._resident]
+            heapq.heapify(self._heap)
+        else:
+            heapq.heappush(self._heap, self.worth(key))
+
+    def evict(self, key: int) -> None:
+        self._resident.remove(key)
+
+    def victim(self, pinned: Collection[int]) -> int | None:
+        passed: list[tuple[float, int, int]] = []
+        found = None
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            key = entry[2]
+            if key not in self._resident:
+                continue
+            if entry != (worth := self.worth(key)):
+                heapq.heappush(self._heap, worth)
+                continue
+            passed.append(entry)
+            found = None if key in pinned else key
+        for entry in passed:
+            heapq.heappush(self._heap, entry)
+        return found
+
+
+class LFU(Heaped):
+    """Least frequently used first, ties by least recent use; counts survive eviction."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        del geometry
         self._uses: dict[int, int] = {}
         self._last: dict[int, int] = {}
-        self._resident: set[int] = set()
-        self._heap: list[tuple[int, int, int]] = []
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         for key in keys:
@@ -135,33 +174,7 @@ class LFU(Policy):
         if key not in self._last:  # a prefetch of something never used: recent, but without uses
             self._now += 1
             self._last[key] = self._now
-        self._resident.add(key)
-        if len(self._heap) > 2 * len(self._resident) + 8:  # entries of those that left, never surfaced
-            self._heap = [self._entry(k) for k in self._resident]
-            heapq.heapify(self._heap)
-        else:
-            heapq.heappush(self._heap, self._entry(key))
+        super().admit(key)
 
-    def evict(self, key: int) -> None:
-        self._resident.remove(key)
-
-    def victim(self, pinned: Collection[int]) -> int | None:
-        passed: list[tuple[int, int, int]] = []
-        found = None
-        while self._heap and found is None:
-            entry = heapq.heappop(self._heap)
-            key = entry[2]
-            if key not in self._resident:
-                continue
-            if entry != self._entry(key):
-                heapq.heappush(self._heap, self._entry(key))
-                continue
-            passed.append(entry)
-            found = None if key in pinned else key
-        for entry in passed:
-            heapq.heappush(self._heap, entry)
-        return found
-
-    def _entry(self, key: int) -> tuple[int, int, int]:
+    def worth(self, key: int) -> tuple[float, int, int]:
         return self._uses.get(key, 0), self._last[key], key
-

@@ -62,7 +62,7 @@ class Pool:
         if in_use > self.slots:
             raise ValueError(f"{in_use} experts are in use at once, but there are only {self.slots} slots")
         hits = tuple([(key, slot_of[key]) for key in keys if key in slot_of])
-        missing = [key for key in keys if key not in slot_of] if len(hits) < len(keys) else []
+        missing = [key for key in keys if key not in slot_of] if len(hits) < len(keys) else ()
         victims = self.policy.event(layer, keys, missing, len(self._free), pinned, scores)
         if self.unused:
             self.unused.difference_update(keys)
@@ -91,22 +91,17 @@ class Pool:
         """Who gets which slot: the free ones first, then those of the victims."""
         if not incoming:
             return ()
-        slot_of, count = self.slot_of, len(self._free)
-        loads = []
-        for key in incoming[:count]:
-            slot_of[key] = slot = self._free.pop()
-            loads.append(Load(key, slot, None))
-        for key, leaving in zip(incoming[count:], victims, strict=False):  # the last may have found no victim
-            slot_of[key] = slot = self._leave(leaving)
-            loads.append(Load(key, slot, leaving))
+        slot_of, free = self.slot_of, min(len(self._free), len(incoming))
+        slots = [self._free.pop() for _ in range(free)] if free else []
+        slots += [slot_of.pop(key) for key in victims]
+        who: Sequence[int | None] = [*[None] * free, *victims] if free else victims
+        loads = tuple(map(Load._make, zip(incoming, slots, who, strict=False)))  # the last may have found no slot
+        slot_of.update(zip(incoming, slots, strict=False))
         self.counters.evictions += len(victims)
-        return tuple(loads)
-
-    def _leave(self, key: int) -> int:
-        if key in self.unused:
-            self.unused.remove(key)
-            self.counters.wasted += 1
-        return self.slot_of.pop(key)
+        if self.unused:
+            self.counters.wasted += len(self.unused.intersection(victims))
+            self.unused.difference_update(victims)
+        return loads
 
 
 class ExpertCache:
@@ -142,7 +137,8 @@ class ExpertCache:
         self, layer: int, experts: Sequence[int], pinned: Collection[int] = (), scores: Scores | None = None
     ) -> Plan:
         """One event: ``layer`` uses ``experts`` (distinct ids)."""
-        return self.pool(layer).access(layer, [self.key(layer, e) for e in experts], pinned, scores)
+        first = layer * self.expert_count
+        return self.pool(layer).access(layer, [first + expert for expert in experts], pinned, scores)
 
     def prefetch(self, layer: int, experts: Sequence[int], pinned: Collection[int]) -> tuple[Load, ...]:
         """Expect that ``layer`` will use ``experts``, likeliest first."""

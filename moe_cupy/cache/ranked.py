@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 
-from moe_cupy.cache.policies import Geometry, Policy, Scores
+from moe_cupy.cache.policies import LRU, Geometry, Heaped, Policy, Scores
 
 GONE = math.inf  # the number of a resident that is no victim any more
 HALF_LIFE = 16  # tokens, of the decayed counts
@@ -39,7 +39,7 @@ class Ranked(Policy):
         self._keys, self._numbers = [], []
         self.use(keys, scores)
 
-    def use(self, keys: Sequence[int], scores: Scores | None) -> None:  # noqa: B027
+    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
         """Remember that this event uses ``keys``; some rules have nothing to remember."""
 
     @abstractmethod
@@ -79,21 +79,11 @@ class Ranked(Policy):
         return [layer + ahead for layer in range(self.layer + 1)] + list(range(1, ahead))
 
 
-class FIFO(Ranked):
-    """First in, first out: whoever has been resident longest."""
+class FIFO(LRU):
+    """First in, first out: whoever has been resident longest, used or not."""
 
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self._arrived = [0] * geometry.layers * geometry.experts
-        self._arrivals = 0
-
-    def admit(self, key: int) -> None:
-        self._arrivals += 1
-        self._arrived[key] = self._arrivals
-        super().admit(key)
-
-    def numbers(self, keys: Sequence[int]) -> list[float]:
-        return [self._arrived[key] for key in keys]
+    def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
+        """A use changes nothing."""
 
 
 class LFRU(Ranked):
@@ -114,40 +104,58 @@ class LFRU(Ranked):
         return [uses[key] / (now - last[key]) for key in keys]
 
 
-class DecayedLFU(Ranked):
-    """Fewest uses, each worth half after ``half_life`` tokens; counts survive eviction.
+class DecayedLFU(Heaped):
+    """Fewest uses, each worth half after HALF_LIFE tokens; counts survive eviction; ties by least recent use.
 
-    Decay spares no one, so it changes no order: kept is log2(count) + token / half_life at the last use.
+    Decay spares no one, so it changes no order: kept is log2(count) + token / half-life at the last use.
     """
 
-    def __init__(self, geometry: Geometry, half_life: int = HALF_LIFE) -> None:
-        super().__init__(geometry)
-        self._half_life = half_life
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self._token, self._layer = 0, -1
         self._count = [-GONE] * geometry.layers * geometry.experts
+        self._touched = [0] * geometry.layers * geometry.experts  # when it was used or came
 
-    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
-        now = self.token / self._half_life
+    def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
+        self._token += layer <= self._layer
+        self._layer = layer
         for key in keys:
-            self._count[key] = now + math.log2(1 + 2 ** (self._count[key] - now))
+            self._count[key] = one_more(self._count[key], self._token / HALF_LIFE)
+            if key in self._resident:
+                self._touch(key)
 
-    def numbers(self, keys: Sequence[int]) -> list[float]:
-        return [self._count[key] for key in keys]
+    def admit(self, key: int) -> None:
+        self._touch(key)
+        super().admit(key)
+
+    def worth(self, key: int) -> tuple[float, int, int]:
+        return self._count[key], self._touched[key], key
+
+    def _touch(self, key: int) -> None:
+        self._now += 1
+        self._touched[key] = self._now
 
 
-class UseClass(DecayedLFU):
+def one_more(count: float, now: float) -> float:
+    """log2 of a decayed count, plus the half-lives passed at its last use, after one more use ``now``."""
+    return now + math.log2(1 + 2 ** (count - now))
+
+
+class UseClass(Ranked):
     """llama.cpp's expert cache: longest unused, its age divided by 2^class; class = log2 of decayed uses, 0 to 7."""
 
     def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry, CLASS_HALF_LIFE)
+        super().__init__(geometry)
+        self._count = [-GONE] * geometry.layers * geometry.experts
         self._last = [0] * geometry.layers * geometry.experts
 
     def use(self, keys: Sequence[int], scores: Scores | None) -> None:
-        super().use(keys, scores)
         for key in keys:
+            self._count[key] = one_more(self._count[key], self.token / CLASS_HALF_LIFE)
             self._last[key] = self.now
 
     def numbers(self, keys: Sequence[int]) -> list[float]:
-        now, last, count, decay = self.now, self._last, self._count, self.token / self._half_life
+        now, last, count, decay = self.now, self._last, self._count, self.token / CLASS_HALF_LIFE
         top = HIGHEST_CLASS
         return [
             (last[key] - now) / (1 if (log := count[key] - decay) < 1 else 1 << top if log >= top else 1 << int(log))

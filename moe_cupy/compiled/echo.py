@@ -12,8 +12,6 @@ import math
 from collections.abc import Collection, Sequence
 from struct import Struct
 
-import numpy as np
-
 from moe_cupy.cache.echo import LONGEST_REST, load_weights
 from moe_cupy.cache.policies import Geometry, Policy, Scores
 from moe_cupy.compiled.echo_kernel import EVICT, EXCHANGE, VICTIM, step
@@ -33,13 +31,12 @@ class CompiledEcho(Policy):
 
     def __init__(self, geometry: Geometry, weights: dict[str, list[float]] | None = None) -> None:
         weights = weights or load_weights()
-        self._state = state = empty_state(geometry.layers, geometry.experts)
-        state.habit[:], state.mix[:] = weights["habit"], weights["mix"]
+        self._state, self._arrays = empty_state(geometry.layers, geometry.experts)
+        self._state["habit"], self._state["mix"] = weights["habit"], weights["mix"]
         first, last = weights["habit"][0], weights["habit"][-1]
-        state.of_rest[:] = [first + last * math.log(1 + rest) for rest in range(LONGEST_REST + 1)]
-        self._addresses = np.array([array.ctypes.data for array in state], np.int64)
-        self._address = ctypes.c_void_p(self._addresses.ctypes.data)
-        self._inbox, self._outbox = memoryview(state.inbox), memoryview(state.outbox)
+        self._state["of_rest"] = [first + last * math.log(1 + rest) for rest in range(LONGEST_REST + 1)]
+        self._address = ctypes.c_void_p(self._state.ctypes.data)
+        self._inbox, self._outbox = (self._arrays[name].data for name in ("inbox", "outbox"))
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         self._ask(layer, keys, (), 0, ())
@@ -70,9 +67,7 @@ class CompiledEcho(Policy):
         self._ask(layer, keys, missing, free, pinned)
         return self._victims() if len(missing) > free else []
 
-    def _ask(
-        self, what: int, keys: Sequence[int], missing: Sequence[int], free: int, pinned: Collection[int]
-    ) -> None:
+    def _ask(self, what: int, keys: Sequence[int], missing: Sequence[int], free: int, pinned: Collection[int]) -> None:
         n, m, p = len(keys), len(missing), len(pinned)
         whole(5 + n + m + p).pack_into(self._inbox, 0, what, n, m, free, p, *keys, *missing, *pinned)
         _STEP(self._address)

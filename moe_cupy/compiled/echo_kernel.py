@@ -9,27 +9,23 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import carray, cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
-from moe_cupy.cache.echo import LONGEST_REST, NEIGHBOURS, PRIOR, REFRESH, TOKENS, WINDOWS
+from moe_cupy.cache.echo import LONGEST_REST, TOKENS
 from moe_cupy.compiled.state import (
     ASKED,
-    EXPERTS,
     FIRST,
-    FOUND,
     FREE,
     KEYS,
-    LAYER,
-    LAYERS,
     MISSING,
-    NOW,
     PINNED,
-    SLICED,
-    SLICES,
-    TOKEN,
+    RECORD,
+    SPANS,
     WORDS,
-    state_at,
+    floats,
+    ints,
+    sets,
 )
 
 EXCHANGE, VICTIM, EVICT = -1, -2, -3  # what may be asked where an event has its layer
@@ -85,14 +81,14 @@ def set_last(bits, n, at):
 @njit
 def halve(s):
     """Every similarity loses its lowest bit."""
-    for i in range(1, s.head[SLICED]):
+    for i in range(1, s.sliced):
         s.slices[i - 1] = s.slices[i]
-    s.slices[max(0, s.head[SLICED] - 1)] = np.uint64(0)
+    s.slices[s.sliced - 1] = np.uint64(0)
 
 
 @njit
 def add_users(s, users):
-    """2 more for the similarity of each of ``users`` [W]."""
+    """2 more for the similarity of each of ``users`` [WORDS]."""
     for w in range(WORDS):
         carry, i = users[w], 1
         while carry:
@@ -100,7 +96,7 @@ def add_users(s, users):
             s.slices[i, w] = before ^ carry
             carry &= before
             i += 1
-        s.head[SLICED] = max(s.head[SLICED], i)
+        s.sliced = max(s.sliced, i)
 
 
 @njit
@@ -108,14 +104,13 @@ def find_neighbours(s):
     """The most similar past tokens, those after them, and how many they weigh with the habit."""
     taken, left = s.near[0], s.near[1]
     taken[:] = np.uint64(0)
-    left[:] = s.past[0]
-    for i in range(s.head[SLICED] - 1, -1, -1):
+    left[:] = s.past
+    for i in range(s.sliced - 1, -1, -1):
         bits, n = s.slices[i], np.uint64(0)
         for w in range(WORDS):
             n += ones(taken[w] | (left[w] & bits[w]))
-        enough = np.int64(n) >= NEIGHBOURS
         for w in range(WORDS):
-            if enough:
+            if n >= s.neighbours:
                 left[w] &= bits[w]
             else:
                 taken[w] |= left[w] & bits[w]
@@ -124,8 +119,8 @@ def find_neighbours(s):
         taken[w] |= left[w]
     for w in range(WORDS):
         left[w] = (taken[w] << ONE) | (taken[w - 1 if w else WORDS - 1] >> np.uint64(63))
-    s.total[0] = PRIOR + count(taken)
-    s.head[FOUND] = 1
+    s.total = s.prior_weight + count(taken)
+    s.found = 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -139,74 +134,72 @@ def probability(log_odds):
 
 @njit
 def begin(s, layer, keys):
-    head = s.head
-    if layer <= head[LAYER]:
+    if layer <= s.layer:
         begin_token(s)
-    head[LAYER], head[FOUND] = layer, 0
-    head[NOW] += 1
+    s.layer, s.found, s.now = layer, 0, s.now + 1
     halve(s)
+    used, last = sets(s.used), ints(s.last)
     for key in keys:
-        add_users(s, s.used[key])
-    word, bit = (head[TOKEN] % TOKENS) // 64, bit_of(head[TOKEN] % TOKENS)
+        add_users(s, used[key])
+    at = s.token % TOKENS
     for key in keys:
-        s.used[key, word] |= bit
-        s.last[key] = head[TOKEN]
-    s.turn[layer] = head[TOKEN]
-    s.stale[layer] = 1
+        used[key, at // 64] |= bit_of(at)
+        last[key] = s.token
+    ints(s.turn)[layer] = s.token
+    ints(s.stale)[layer] = 1
     look_at_hidden_again(s)
 
 
 @njit
 def begin_token(s):
-    head = s.head
-    head[TOKEN] += 1
-    at = head[TOKEN] % TOKENS
-    word, others = at // 64, ~bit_of(at)
-    for key in range(len(s.used)):  # the token that was here is forgotten
-        s.used[key, word] &= others
+    s.token += 1
+    at, used = s.token % TOKENS, sets(s.used)
+    for key in range(s.layers * s.experts):  # the token that was here is forgotten
+        used[key, at // 64] &= ~bit_of(at)
     s.slices[:] = np.uint64(0)
-    head[SLICED] = 2
-    set_last(s.past[0], min(head[TOKEN], TOKENS - 1), (at - 1) % TOKENS)
-    for i in range(len(WINDOWS)):
-        set_last(s.windows[i], WINDOWS[i], at)
+    s.sliced = 2
+    set_last(s.past, min(s.token, TOKENS - 1), (at - 1) % TOKENS)
+    for i in range(SPANS):
+        set_last(s.windows[i], s.spans[i], at)
     tabulate(s)
 
 
 @njit
 def tabulate(s):
-    share, seen = min(1 / s.head[EXPERTS], 0.5), s.head[TOKEN] + 1
-    for i in range(len(WINDOWS)):
+    share, seen = min(1 / s.experts, 0.5), s.token + 1
+    for i in range(SPANS):
         weight = s.habit[1 + i]
-        if seen <= WINDOWS[i]:
+        if seen <= s.spans[i]:
             for n in range(seen + 1):
                 s.of_uses[i, n] = weight * math.log((n + share) / (seen + 1 - n - share))
 
 
 @njit
 def look_at_hidden_again(s):
-    for layer in range(s.head[LAYERS]):
-        s.stale[layer] |= s.hidden[layer]
-        s.hidden[layer] = 0
+    stale, hidden = ints(s.stale), ints(s.hidden)
+    for layer in range(s.layers):
+        stale[layer] |= hidden[layer]
+        hidden[layer] = 0
 
 
 @njit
 def admit(s, key):
-    layer = key // s.head[EXPERTS]
-    s.resident[key] = 1
-    if s.head[FOUND]:
-        look(s, layer, key, key + 1)
-        lowest = s.lowest_key[layer]
-        if lowest < 0 or s.chance[key] < s.chance[lowest] or (s.chance[key] == s.chance[lowest] and key < lowest):
-            stands(s, layer, key)
-    else:
-        s.stale[layer] = 1
+    layer = key // s.experts
+    ints(s.resident)[key] = 1
+    if not s.found:
+        ints(s.stale)[layer] = 1
+        return
+    look(s, layer, key, key + 1)
+    lowest, chance = ints(s.lowest_key)[layer], floats(s.chance)
+    if lowest < 0 or chance[key] < chance[lowest] or (chance[key] == chance[lowest] and key < lowest):
+        stands(s, layer, key)
 
 
 @njit
 def evict(s, key):
-    layer = key // s.head[EXPERTS]
-    s.resident[key] = 0
-    if s.lowest_key[layer] == key:
+    layer = key // s.experts
+    ints(s.resident)[key] = 0
+    if ints(s.lowest_key)[layer] == key:
         find_lowest(s, layer, False)
 
 
@@ -215,14 +208,14 @@ def victim(s):
     """Whom to give up, none that is ``pinned``; -1 if there is none."""
     prepare(s)
     while True:
-        layer = lowest_density(s)
+        layer = least_dense_layer(s)
         if layer < 0:
             return -1
-        key = s.lowest_key[layer]
-        if s.pinned[key]:
-            s.hidden[layer] = 1
+        key = ints(s.lowest_key)[layer]
+        if ints(s.pinned)[key]:
+            ints(s.hidden)[layer] = 1
             find_lowest(s, layer, True)
-        elif s.seen[key] == s.head[NOW]:
+        elif ints(s.seen)[key] == s.now:
             return key
         else:
             look(s, layer, key, key + 1)
@@ -230,12 +223,12 @@ def victim(s):
 
 
 @njit
-def lowest_density(s):
+def least_dense_layer(s):
     """The layer whose lowest resident has the lowest q / d; -1 if nobody is left."""
-    layers, now = s.head[LAYERS], s.head[LAYER]
+    lowest = floats(s.lowest)
     least, found = np.inf, -1
-    for layer in range(layers):
-        density = s.lowest[layer] * (1 / ((layer - now - 1) % layers + 1))
+    for layer in range(s.layers):
+        density = lowest[layer] * (1 / ((layer - s.layer - 1) % s.layers + 1))
         if density < least:
             least, found = density, layer
     return found
@@ -243,57 +236,59 @@ def lowest_density(s):
 
 @njit
 def prepare(s):
-    layers, experts = s.head[LAYERS], s.head[EXPERTS]
-    if not s.head[FOUND]:
+    stale = ints(s.stale)
+    if not s.found:
         find_neighbours(s)
-        for ahead in REFRESH:
-            s.stale[(s.head[LAYER] + ahead) % layers] = 1
+        for ahead in range(1, s.refresh + 1):
+            stale[(s.layer + ahead) % s.layers] = 1
     look_at_hidden_again(s)
-    for layer in range(layers):
-        if s.stale[layer]:
-            look(s, layer, layer * experts, (layer + 1) * experts)
+    for layer in range(s.layers):
+        if stale[layer]:
+            look(s, layer, layer * s.experts, (layer + 1) * s.experts)
             find_lowest(s, layer, False)
-            s.stale[layer] = 0
+            stale[layer] = 0
 
 
 @njit
 def look(s, layer, first, end):
     """The log-odds of q of the residents among keys ``first`` to ``end`` of the layer."""
-    layers, now = s.head[LAYERS], s.head[LAYER]
-    x = ((layer - now - 1) % layers + 1) / layers
+    x = ((layer - s.layer - 1) % s.layers + 1) / s.layers
     bias, habit, near = s.mix[0] + s.mix[3] * x, s.mix[1] + s.mix[5] * x, s.mix[2] + s.mix[4] * x
-    neighbours, total, turn = s.near[1 if layer <= now else 0], s.total[0], s.turn[layer]
+    neighbours, turn = s.near[1 if layer <= s.layer else 0], ints(s.turn)[layer]
+    used, resident, known, seen = sets(s.used), ints(s.resident), ints(s.known), ints(s.seen)
+    odds, prior, chance = floats(s.odds), floats(s.prior), floats(s.chance)
     for key in range(first, end):
-        if s.resident[key]:
-            if s.known[key] != turn:
+        if resident[key]:
+            if known[key] != turn:
                 learn_habit(s, key, turn)
-            uses = common(s.used[key], neighbours) + s.prior[key]
-            s.chance[key] = bias + habit * s.odds[key] + near * math.log(uses / (total - uses))
-            s.seen[key] = s.head[NOW]
+            uses = common(used[key], neighbours) + prior[key]
+            chance[key] = bias + habit * odds[key] + near * math.log(uses / (s.total - uses))
+            seen[key] = s.now
 
 
 @njit
 def learn_habit(s, key, turn):
-    odds = s.of_rest[min(turn - s.last[key], LONGEST_REST)]
-    for i in range(len(WINDOWS)):
-        odds += s.of_uses[i, common(s.used[key], s.windows[i])]
-    s.odds[key], s.prior[key], s.known[key] = odds, PRIOR * probability(odds), turn
+    used = sets(s.used)[key]
+    odds = s.of_rest[min(turn - ints(s.last)[key], LONGEST_REST)]
+    for i in range(SPANS):
+        odds += s.of_uses[i, common(used, s.windows[i])]
+    floats(s.odds)[key], floats(s.prior)[key], ints(s.known)[key] = odds, s.prior_weight * probability(odds), turn
 
 
 @njit
 def find_lowest(s, layer, passing_pinned):
-    experts = s.head[EXPERTS]
+    resident, pinned, chance = ints(s.resident), ints(s.pinned), floats(s.chance)
     lowest, least = -1, np.inf
-    for key in range(layer * experts, (layer + 1) * experts):
-        if s.resident[key] and s.chance[key] < least and not (passing_pinned and s.pinned[key]):
-            least, lowest = s.chance[key], key
+    for key in range(layer * s.experts, (layer + 1) * s.experts):
+        if resident[key] and chance[key] < least and not (passing_pinned and pinned[key]):
+            least, lowest = chance[key], key
     stands(s, layer, lowest)
 
 
 @njit
 def stands(s, layer, key):
-    s.lowest_key[layer] = key
-    s.lowest[layer] = probability(s.chance[key]) if key >= 0 else np.inf
+    ints(s.lowest_key)[layer] = key
+    floats(s.lowest)[layer] = probability(floats(s.chance)[key]) if key >= 0 else np.inf
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -303,7 +298,7 @@ def stands(s, layer, key):
 @njit
 def exchange(s, incoming, free):
     """``Policy.exchange``; the victims go to the outbox."""
-    gone = 0
+    gone, outbox = 0, ints(s.outbox)
     for i in range(len(incoming)):
         if i >= free:
             leaving = victim(s)
@@ -311,35 +306,36 @@ def exchange(s, incoming, free):
                 break
             evict(s, leaving)
             gone += 1
-            s.outbox[gone] = leaving
+            outbox[gone] = leaving
         admit(s, incoming[i])
-    s.outbox[0] = gone
+    outbox[0] = gone
 
 
 @njit
 def pin(s, keys, value):
+    pinned = ints(s.pinned)
     for key in keys:
-        s.pinned[key] = value
+        pinned[key] = value
 
 
-@cfunc("void(CPointer(int64))", cache=True)
-def step(addresses):
+@cfunc(types.void(types.CPointer(from_dtype(RECORD))), cache=True)
+def step(address):
     """Do what the inbox asks: an event, or a part of one."""
-    s = state_at(addresses)
-    box = s.inbox
+    s = carray(address, (1,))[0]
+    box, outbox = ints(s.inbox), ints(s.outbox)
     missing = FIRST + box[KEYS]
     pinned = missing + box[MISSING]
-    in_use = box[FIRST:missing], box[pinned : pinned + box[PINNED]]
-    for keys in in_use:
-        pin(s, keys, 1)
+    keys, kept = box[FIRST:missing], box[pinned : pinned + box[PINNED]]
+    pin(s, keys, 1)
+    pin(s, kept, 1)
     if box[ASKED] == EVICT:
-        evict(s, box[FIRST])
+        evict(s, keys[0])
     elif box[ASKED] == VICTIM:
-        s.outbox[1] = victim(s)
-        s.outbox[0] = s.outbox[1] >= 0
+        outbox[1] = victim(s)
+        outbox[0] = outbox[1] >= 0
     else:
         if box[ASKED] >= 0:
-            begin(s, box[ASKED], in_use[0])
+            begin(s, box[ASKED], keys)
         exchange(s, box[missing:pinned], box[FREE])
-    for keys in in_use:
-        pin(s, keys, 0)
+    pin(s, keys, 0)
+    pin(s, kept, 0)

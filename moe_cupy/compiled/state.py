@@ -1,67 +1,59 @@
-"""What the compiled ``echo`` knows: arrays, handed over as one array of their addresses."""
+"""What the compiled ``echo`` knows, as one record: numbers, tables, and the addresses of arrays that grow with a model.
+
+A function that is handed 26 arrays copies 182 numbers; one that is handed a record copies its address.
+"""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from moe_cupy.cache.echo import LONGEST_REST, TOKENS, WINDOWS
+from moe_cupy.cache.echo import LONGEST_REST, NEIGHBOURS, PRIOR, REFRESH, TOKENS, WINDOWS
 
-WORDS = TOKENS // 64  # of a set of remembered tokens
+WORDS = TOKENS // 64  # of a set of remembered tokens: uint64 [WORDS]
 SLICES = 24  # bits of a similarity, which is at most 4 x the experts of an event
 SPANS = len(WINDOWS)
-LAYERS, EXPERTS, TOKEN, LAYER, NOW, FOUND, SLICED, HEAD = range(8)  # of the head
 ASKED, KEYS, MISSING, FREE, PINNED, FIRST = range(6)  # of the inbox: what is asked, four counts, then keys
+ENDLESS = 1 << 60
+
+# Names as in moe_cupy/cache/echo.py. Its constants are handed over too: compiled code on disk does not see them change.
+NUMBERS = [(name, "i8") for name in ("layers", "experts", "token", "layer", "now", "found", "sliced",
+                                      "neighbours", "refresh")]  # fmt: skip
+TABLES = [
+    ("prior_weight", "f8"),
+    ("total", "f8"),
+    ("spans", "i8", SPANS),
+    ("habit", "f8", 5),
+    ("mix", "f8", 6),
+    ("of_rest", "f8", LONGEST_REST + 1),
+    ("of_uses", "f8", (SPANS, TOKENS + 1)),
+    ("slices", "u8", (SLICES, WORDS)),
+    ("windows", "u8", (SPANS, WORDS)),
+    ("past", "u8", WORDS),
+    ("near", "u8", (2, WORDS)),  # the neighbours, and those after them
+]
+BY_LAYER = {"turn": -1, "lowest_key": -1, "stale": 0, "hidden": 0, "lowest": np.inf}  # array: what it holds at first
+BY_KEY = {
+    "last": -LONGEST_REST, "known": -2, "seen": 0, "resident": 0, "pinned": 0, "odds": 0.0, "prior": 0.0, "chance": 0.0,
+}  # fmt: skip
+OTHERS = ("used", "inbox", "outbox")  # uint64 [keys, WORDS]; int64: a request; int64: how many victims, who
+RECORD = np.dtype([*NUMBERS, *TABLES, *((name, "i8") for name in (*BY_LAYER, *BY_KEY, *OTHERS))])
 
 
-class State(NamedTuple):
-    """Names as in moe_cupy/cache/echo.py. P = layers x experts, L = layers, W = WORDS."""
-
-    head: Any  # int64 [HEAD]
-    inbox: Any  # int64 [FIRST + 3 P]
-    outbox: Any  # int64 [1 + P]: how many victims, who
-    turn: Any  # int64 [L]
-    lowest_key: Any  # int64 [L]
-    stale: Any  # int64 [L]
-    hidden: Any  # int64 [L]
-    last: Any  # int64 [P]
-    known: Any  # int64 [P]
-    seen: Any  # int64 [P]
-    resident: Any  # int64 [P]
-    pinned: Any  # int64 [P]
-    habit: Any  # float64 [5]
-    mix: Any  # float64 [6]
-    of_rest: Any  # float64 [LONGEST_REST + 1]
-    of_uses: Any  # float64 [SPANS, TOKENS + 1]
-    lowest: Any  # float64 [L]
-    odds: Any  # float64 [P]
-    prior: Any  # float64 [P]
-    chance: Any  # float64 [P]
-    total: Any  # float64 [1]
-    used: Any  # uint64 [P, W]
-    slices: Any  # uint64 [SLICES, W]
-    windows: Any  # uint64 [SPANS, W]
-    past: Any  # uint64 [1, W]
-    near: Any  # uint64 [2, W]: the neighbours, and those after them
-
-
-FIELDS = len(State._fields)
-
-
-def empty_state(layers: int, experts: int) -> State:
-    """Before the first token."""
-    pairs = layers * experts
-    head = np.array([layers, experts, -1, layers - 1, 0, 0, 0], np.int64)
-    ints = [np.zeros(n, np.int64) for n in (FIRST + 3 * pairs, 1 + pairs, *[layers] * 4, *[pairs] * 5)]
-    floats = [np.zeros(n) for n in (5, 6, LONGEST_REST + 1, (SPANS, TOKENS + 1), layers, *[pairs] * 3, 1)]
-    words = [np.zeros((n, WORDS), np.uint64) for n in (pairs, SLICES, SPANS, 1, 2)]
-    state = State(head, *ints, *floats, *words)
-    state.turn[:] = state.lowest_key[:] = -1
-    state.last[:], state.known[:], state.lowest[:] = -LONGEST_REST, -2, np.inf
-    return state
+def empty_state(layers: int, experts: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The record [1] before the first token, and the arrays that it has the addresses of."""
+    keys = layers * experts
+    arrays = {name: np.array([value] * layers) for name, value in BY_LAYER.items()}
+    arrays |= {name: np.array([value] * keys) for name, value in BY_KEY.items()}
+    arrays |= {"used": np.zeros((keys, WORDS), np.uint64)}
+    arrays |= {"inbox": np.zeros(FIRST + 3 * keys, np.int64), "outbox": np.zeros(1 + keys, np.int64)}
+    state = np.zeros(1, RECORD)
+    state["layers"], state["experts"], state["token"], state["layer"] = layers, experts, -1, layers - 1
+    state["neighbours"], state["refresh"], state["prior_weight"], state["spans"] = NEIGHBOURS, REFRESH, PRIOR, WINDOWS
+    for name, array in arrays.items():
+        state[name] = array.ctypes.data
+    return state, arrays
 
 
 @intrinsic
@@ -75,32 +67,18 @@ def pointer(typingctx, address):
 
 
 @njit
-def ints(address, n):
-    return carray(pointer(address), (n,), np.int64)
+def ints(address):
+    """The int64 [n] at an address."""
+    return carray(pointer(address), (ENDLESS,), np.int64)
 
 
 @njit
-def floats(address, n):
-    return carray(pointer(address), (n,), np.float64)
+def floats(address):
+    """The float64 [n] at an address."""
+    return carray(pointer(address), (ENDLESS,), np.float64)
 
 
 @njit
-def words(address, n):
-    return carray(pointer(address), (n, WORDS), np.uint64)
-
-
-@njit
-def state_at(addresses):
-    """The arrays at these addresses, in the order of the fields."""
-    a = carray(addresses, (FIELDS,))
-    head = ints(a[0], HEAD)
-    layers, pairs = head[LAYERS], head[LAYERS] * head[EXPERTS]
-    return State(
-        head, ints(a[1], FIRST + 3 * pairs), ints(a[2], 1 + pairs),
-        ints(a[3], layers), ints(a[4], layers), ints(a[5], layers), ints(a[6], layers),
-        ints(a[7], pairs), ints(a[8], pairs), ints(a[9], pairs), ints(a[10], pairs), ints(a[11], pairs),
-        floats(a[12], 5), floats(a[13], 6), floats(a[14], LONGEST_REST + 1),
-        carray(pointer(a[15]), (SPANS, TOKENS + 1), np.float64), floats(a[16], layers),
-        floats(a[17], pairs), floats(a[18], pairs), floats(a[19], pairs), floats(a[20], 1),
-        words(a[21], pairs), words(a[22], SLICES), words(a[23], SPANS), words(a[24], 1), words(a[25], 2),
-    )  # fmt: skip
+def sets(address):
+    """The sets of tokens uint64 [n, WORDS] at an address."""
+    return carray(pointer(address), (ENDLESS, WORDS), np.uint64)
