@@ -185,20 +185,27 @@ def look_at_hidden_again(s):
 @njit
 def admit(s, key):
     layer = key // s.experts
-    ints(s.resident)[key] = 1
+    residents = ints(s.residents)
+    ints(s.resident)[layer * s.experts + residents[layer]] = key
+    ints(s.place)[key] = residents[layer]
+    residents[layer] += 1
     if not s.found:
         ints(s.stale)[layer] = 1
         return
-    look(s, layer, key, key + 1)
-    lowest, chance = ints(s.lowest_key)[layer], floats(s.chance)
-    if lowest < 0 or chance[key] < chance[lowest] or (chance[key] == chance[lowest] and key < lowest):
+    look_at(s, layer, key)
+    lowest = ints(s.lowest_key)[layer]
+    if lowest < 0 or goes_before(s, key, lowest):
         stands(s, layer, key)
 
 
 @njit
 def evict(s, key):
     layer = key // s.experts
-    ints(s.resident)[key] = 0
+    residents, resident, place = ints(s.residents), ints(s.resident), ints(s.place)
+    residents[layer] -= 1
+    moved = resident[layer * s.experts + residents[layer]]  # the last one closes the gap
+    resident[layer * s.experts + place[key]] = moved
+    place[moved], place[key] = place[key], -1
     if ints(s.lowest_key)[layer] == key:
         find_lowest(s, layer, False)
 
@@ -218,7 +225,7 @@ def victim(s):
         elif ints(s.seen)[key] == s.now:
             return key
         else:
-            look(s, layer, key, key + 1)
+            look_at(s, layer, key)
             find_lowest(s, layer, False)
 
 
@@ -244,26 +251,29 @@ def prepare(s):
     look_at_hidden_again(s)
     for layer in range(s.layers):
         if stale[layer]:
-            look(s, layer, layer * s.experts, (layer + 1) * s.experts)
+            look(s, layer)
             find_lowest(s, layer, False)
             stale[layer] = 0
 
 
 @njit
-def look(s, layer, first, end):
-    """The log-odds of q of the residents among keys ``first`` to ``end`` of the layer."""
+def look(s, layer):
+    """At all residents of a layer."""
+    first, resident = layer * s.experts, ints(s.resident)
+    for i in range(first, first + ints(s.residents)[layer]):
+        look_at(s, layer, resident[i])
+
+
+@njit
+def look_at(s, layer, key):
+    """The log-odds of a resident's q."""
     x = ((layer - s.layer - 1) % s.layers + 1) / s.layers
     bias, habit, near = s.mix[0] + s.mix[3] * x, s.mix[1] + s.mix[5] * x, s.mix[2] + s.mix[4] * x
-    neighbours, turn = s.near[1 if layer <= s.layer else 0], ints(s.turn)[layer]
-    used, resident, known, seen = sets(s.used), ints(s.resident), ints(s.known), ints(s.seen)
-    odds, prior, chance = floats(s.odds), floats(s.prior), floats(s.chance)
-    for key in range(first, end):
-        if resident[key]:
-            if known[key] != turn:
-                learn_habit(s, key, turn)
-            uses = common(used[key], neighbours) + prior[key]
-            chance[key] = bias + habit * odds[key] + near * math.log(uses / (s.total - uses))
-            seen[key] = s.now
+    if ints(s.known)[key] != ints(s.turn)[layer]:
+        learn_habit(s, key, ints(s.turn)[layer])
+    uses = common(sets(s.used)[key], s.near[1 if layer <= s.layer else 0]) + floats(s.prior)[key]
+    floats(s.chance)[key] = bias + habit * floats(s.odds)[key] + near * math.log(uses / (s.total - uses))
+    ints(s.seen)[key] = s.now
 
 
 @njit
@@ -276,12 +286,19 @@ def learn_habit(s, key, turn):
 
 
 @njit
+def goes_before(s, key, other):
+    chance = floats(s.chance)
+    return chance[key] < chance[other] or (chance[key] == chance[other] and key < other)
+
+
+@njit
 def find_lowest(s, layer, passing_pinned):
-    resident, pinned, chance = ints(s.resident), ints(s.pinned), floats(s.chance)
-    lowest, least = -1, np.inf
-    for key in range(layer * s.experts, (layer + 1) * s.experts):
-        if resident[key] and chance[key] < least and not (passing_pinned and pinned[key]):
-            least, lowest = chance[key], key
+    first, resident, pinned = layer * s.experts, ints(s.resident), ints(s.pinned)
+    lowest = -1
+    for i in range(first, first + ints(s.residents)[layer]):
+        key = resident[i]
+        if (lowest < 0 or goes_before(s, key, lowest)) and not (passing_pinned and pinned[key]):
+            lowest = key
     stands(s, layer, lowest)
 
 

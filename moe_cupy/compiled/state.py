@@ -33,9 +33,10 @@ TABLES = [
     ("past", "u8", WORDS),
     ("near", "u8", (2, WORDS)),  # the neighbours, and those after them
 ]
-BY_LAYER = {"turn": -1, "lowest_key": -1, "stale": 0, "hidden": 0, "lowest": np.inf}  # array: what it holds at first
+BY_LAYER = {"turn": -1, "lowest_key": -1, "stale": 0, "hidden": 0, "residents": 0, "lowest": np.inf}  # array: what it holds at first
 BY_KEY = {
-    "last": -LONGEST_REST, "known": -2, "seen": 0, "resident": 0, "pinned": 0, "odds": 0.0, "prior": 0.0, "chance": 0.0,
+    "last": -LONGEST_REST, "known": -2, "seen": 0, "pinned": 0, "odds": 0.0, "prior": 0.0, "chance": 0.0,
+    "resident": -1, "place": -1,  # residents of layer l: from l x experts on, as many as residents[l]; where each stands
 }  # fmt: skip
 OTHERS = ("used", "inbox", "outbox")  # uint64 [keys, WORDS]; int64: a request; int64: how many victims, who
 RECORD = np.dtype([*NUMBERS, *TABLES, *((name, "i8") for name in (*BY_LAYER, *BY_KEY, *OTHERS))])
