@@ -61,7 +61,8 @@ class Policy(ABC):
     def exchange(self, incoming: Sequence[int], free: int, pinned: Collection[int]) -> list[int]:
         """``incoming`` come in one after the other, ``free`` of them into free slots, each other one for a victim.
 
-        Returns the victims in order; those who find none (all that is left is ``pinned``) stay out.
+        Returns the victims in order; those who find none (all that is left is ``pinned``) stay out. ``incoming`` are
+        among ``pinned``.
         """
         victims: list[int] = []
         for i, key in enumerate(incoming):

@@ -27,6 +27,7 @@ class Ranked(Policy):
         self.layer = -1
         self._keys: list[int] = []
         self._numbers: list[float] = []  # of self._keys; empty until a victim is asked for
+        self._arrived: list[int] = []  # since then, without a number yet
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         self.now += 1
@@ -36,7 +37,7 @@ class Ranked(Policy):
             if key in self.resident:
                 del self.resident[key]
                 self.resident[key] = None
-        self._keys, self._numbers = [], []
+        self._keys, self._numbers, self._arrived = [], [], []
         self.use(keys, scores)
 
     def use(self, keys: Sequence[int], scores: Scores | None) -> None:
@@ -48,9 +49,7 @@ class Ranked(Policy):
 
     def admit(self, key: int) -> None:
         self.resident[key] = None
-        if self._numbers:
-            self._keys.append(key)
-            self._numbers += self.numbers([key])
+        self._arrived.append(key)
 
     def evict(self, key: int) -> None:
         del self.resident[key]
@@ -59,6 +58,10 @@ class Ranked(Policy):
         if not self._numbers:
             self._keys = list(self.resident)
             self._numbers = self.numbers(self._keys)
+        elif self._arrived:
+            self._keys += self._arrived
+            self._numbers += self.numbers(self._arrived)
+        self._arrived = []
         passed: list[tuple[int, float]] = []
         found = None
         while found is None and self._numbers and (low := min(self._numbers)) < GONE:
@@ -72,6 +75,16 @@ class Ranked(Policy):
         for at, low in passed:
             self._numbers[at] = low
         return found
+
+    def exchange(self, incoming: Sequence[int], free: int, pinned: Collection[int]) -> list[int]:
+        """All victims first, since none of ``incoming`` may be one: so nobody who comes needs a number at once."""
+        victims: list[int] = []
+        while len(victims) < len(incoming) - free and (leaving := self.victim(pinned)) is not None:
+            self.evict(leaving)
+            victims.append(leaving)
+        for key in incoming[: free + len(victims)]:
+            self.admit(key)
+        return victims
 
     def distances(self) -> list[int]:
         """Layers until each layer's next turn: 1 for the next layer, L for the current one, which was just here."""
