@@ -127,7 +127,7 @@ class ExpertMover:
                 self.queue.promote(pending, urgency)
         memory = self._slots[load.slot]
         event = self.queue.submit(
-            lambda: self.store.read(load.key, memory), urgency, self._touched.get(load.slot), f"load {load.key}"
+            self.store.parts(load.key, memory), urgency, self._touched.get(load.slot), f"load {load.key}"
         )
         self._loading[load.key] = self._touched[load.slot] = event
         self._matrices[load.slot] = self._describe(load.key, memory)
