@@ -1,4 +1,4 @@
-"""Command line of the runtime: run | logits | perplexity | check | bench | doctor | routes | replay | synth."""
+"""The runtime: run | logits | perplexity | check | bench | repack | doctor | routes | replay | synth."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("-ctk", "--cache-type-k", default="f32", help="type of cached keys: f32 (default), f16")
     add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16")
     add("-t", "--threads", type=int, default=None, help="threads for compute (default: all cores)")
+    add("--store", metavar="STORE", help="read experts from this file, made by repack (default: from the model)")
     add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
     add("--reads", dest="reads_in_flight", type=number(1, 256), default=4, help="expert reads in flight (default 4)")
     add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", help="layers on the GPU (needs --device cuda)")
@@ -166,6 +167,24 @@ def cmd_bench(args: argparse.Namespace) -> None:
         print(bench.markdown(records))
 
 
+def cmd_repack(args: argparse.Namespace) -> None:
+    """Write a model's experts side by side into a file for --store, or check such a file."""
+    from moe_cupy.tools import repack
+    from moe_ref.quantize import TYPES, type_called
+    from moe_ref.split import open_model
+
+    low = type_called(args.low, TYPES, "--low") if args.low else None
+    if low and args.verify:
+        raise RequestError("--low says what to write; --verify writes nothing")
+    with open_model(args.model) as file:
+        steps = repack.verify(file, args.output) if args.verify else repack.repack(file, args.output, low)
+        for done, total in steps:
+            if sys.stderr.isatty():
+                print(f"\r{done} of {total} experts", end="", file=sys.stderr, flush=True)
+    size = os.path.getsize(args.output) / 2**20
+    note(f"{args.output}: {size:.1f} MiB, {total} experts " + ("as written" if args.verify else "written"))
+
+
 def cmd_doctor(args: argparse.Namespace) -> int:
     """What this machine has, measured, and a self-test of the kernels."""
     from moe_cupy.device import open_device
@@ -217,6 +236,11 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
     bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
     bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="start with an empty cache")
+    repacked = command("repack", cmd_repack, engine=False)
+    add_model(repacked)
+    repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
+    repacked.add_argument("--low", metavar="TYPE", help="also write a smaller copy of each expert, such as Q2_K")
+    repacked.add_argument("--verify", action="store_true", help="write nothing: compare all of STORE's checksums")
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_routes(commands)

@@ -66,7 +66,7 @@ class ExpertStore:
     @property
     def how(self) -> str:
         """How the files are read."""
-        return self.files[0].how
+        return ("repacked, " if self.checksums is not None else "") + self.files[0].how
 
     def slot_bytes(self, class_index: int) -> int:
         """Memory of one slot of this class: the slab, plus what alignment to the disk costs."""
@@ -137,7 +137,7 @@ class ExpertStore:
     def _check(self, key: int, slot: np.ndarray) -> None:
         assert self.checksums is not None
         run = self._runs[key // self.layout.expert_count][0]
-        found, wanted = zlib.crc32(slot[: run.nbytes]), int(self.checksums[key])
+        found, wanted = zlib.crc32(slot[: run.nbytes].data), int(self.checksums[key])
         if found != wanted:
             raise StoreError(
                 f"{self._called(key, run)}: {self.files[0].path}: the bytes have CRC-32 {found:08x}, but {wanted:08x} "
