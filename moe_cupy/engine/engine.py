@@ -169,6 +169,15 @@ class Engine:
             if self.mover is not None:
                 self.mover.cache.begin_sequence()
 
+    def empty_cache(self) -> None:
+        """As if just opened: no expert is resident, policy and prefetcher have learned nothing, counters are zero."""
+        with self._used_alone():
+            self.device.synchronize()
+            self.forward.prefetcher = PREFETCHERS[self.options.prefetch]()
+            if self.mover is not None:
+                self.mover.empty()
+        self.reset_stats()
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens parsed and added as the model's file says."""
         return self.tokenizer.encode(text, add_special=True, parse_special=True)
