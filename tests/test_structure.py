@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "cache": set(),
     "prefetch": {"cache"},
     "compiled": {"cache"},
-    "store": {"moe_ref.gguf", "moe_ref.tensors"},
+    "store": {"moe_ref.gguf", "moe_ref.tensors", "moe_ref.quants"},
     "kernels": {"moe_ref"},
     "device": {"kernels"},
     "plan": {"moe_ref.gguf", "moe_ref.config", "moe_ref.quants"},
