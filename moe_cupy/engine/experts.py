@@ -109,6 +109,12 @@ class ExpertMover:
         self._loading.clear()
         self._touched.clear()
 
+    def empty(self) -> None:
+        """With the queue idle: no expert is resident, and the policy has seen nothing."""
+        self.cache = self.cache.fresh()
+        self._loading.clear()
+        self._touched.clear()
+
     def _hold(self, key: int, slot: int) -> Held:
         event = self._loading.get(key)
         if event is not None and event.done():
@@ -127,7 +133,7 @@ class ExpertMover:
                 self.queue.promote(pending, urgency)
         memory = self._slots[load.slot]
         event = self.queue.submit(
-            lambda: self.store.read(load.key, memory), urgency, self._touched.get(load.slot), f"load {load.key}"
+            self.store.parts(load.key, memory), urgency, self._touched.get(load.slot), f"load {load.key}"
         )
         self._loading[load.key] = self._touched[load.slot] = event
         self._matrices[load.slot] = self._describe(load.key, memory)
