@@ -213,6 +213,13 @@ def _pair(text: str) -> list[int]:
     return pair
 
 
+def _add_repack(repacked: argparse.ArgumentParser) -> None:
+    add_model(repacked)
+    repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
+    repacked.add_argument("--low", metavar="TYPE", help="also write a smaller copy of each expert, such as Q2_K")
+    repacked.add_argument("--verify", action="store_true", help="write nothing: compare all of STORE's checksums")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line contract."""
     parser = argparse.ArgumentParser("moe_cupy", description="Run mixture-of-experts models that do not fit.")
@@ -247,11 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
     bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
     bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
-    repacked = command("repack", cmd_repack, engine=False)
-    add_model(repacked)
-    repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
-    repacked.add_argument("--low", metavar="TYPE", help="also write a smaller copy of each expert, such as Q2_K")
-    repacked.add_argument("--verify", action="store_true", help="write nothing: compare all of STORE's checksums")
+    _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_routes(commands)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.cache import POLICIES, Counters
+from moe_cupy.cache import Counters
+from moe_cupy.compiled import POLICIES
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward

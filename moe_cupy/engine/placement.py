@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_cupy.cache import POLICIES, BudgetError, ExpertCache, Request, SizeClass, allot, parse_cache
+from moe_cupy.cache import BudgetError, ExpertCache, Request, SizeClass, allot, parse_cache
+from moe_cupy.compiled import POLICIES
 from moe_cupy.device.base import Device
 from moe_cupy.engine.experts import ExpertMover
 from moe_cupy.store import ExpertStore, Layout, open_repacked
