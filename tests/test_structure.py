@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "store": {"moe_ref.gguf", "moe_ref.tensors"},
     "kernels": {"moe_ref"},
     "device": {"kernels"},
-    "plan": {"moe_ref.gguf", "moe_ref.config", "moe_ref.quants"},
+    "plan": {"moe_ref.gguf", "moe_ref.config", "moe_ref.quants", "moe_ref.tensors"},
     "engine": {"prefetch", "cache", "store", "device", "plan", "kernels", "moe_ref"},
     "lab": {"cache", "prefetch", "plan", "moe_ref"},
     "tools": {"engine", "kernels", "device", "store", "cache", "prefetch", "plan", "moe_ref"},
