@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "store": {"moe_ref.gguf", "moe_ref.tensors", "moe_ref.quants"},
     "kernels": {"moe_ref"},
     "device": {"kernels"},
-    "plan": {"moe_ref.gguf", "moe_ref.config", "moe_ref.quants"},
+    "plan": {"moe_ref.gguf", "moe_ref.config", "moe_ref.quants", "moe_ref.tensors"},
     "engine": {"prefetch", "cache", "compiled", "store", "device", "plan", "kernels", "moe_ref"},
     "lab": {"cache", "prefetch", "plan", "moe_ref"},
     # lab: gpu-check decodes a route-replay model; __init__: it uses the Engine as anybody does
