@@ -24,14 +24,14 @@ import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from moe_cupy.cache.policies import Geometry, Scores
+from moe_cupy.cache.policies import Geometry, Policy, Scores
 
 TOKENS = 512  # remembered
 NEIGHBOURS = 8
 WINDOWS = (8, 64, TOKENS - 1)
 LONGEST_REST = 300  # tokens: no difference beyond
 PRIOR = 3.0  # neighbours' worth of habit that is mixed with what the neighbours say
-REFRESH = (1,)  # layers ahead whose residents are looked at anew when someone has to go
+REFRESH = 1  # layers ahead, whose residents are looked at anew when someone has to go
 ALL = (1 << TOKENS) - 1
 WEIGHTS = Path(__file__).with_name("echo.toml")
 
@@ -77,10 +77,11 @@ class Similar:
         return taken | left
 
 
-class Echo:
-    """See the module. Residents are kept by layer with their last known q; the lowest of a layer stands for it."""
+class Echo(Policy):
+    """See the module. Residents are kept by layer with their last known log-odds of q; the lowest stands for a layer.
 
-    wants_scores = False
+    This is the definition. The runtime runs moe_cupy/compiled/echo.py, which decides the same, key for key.
+    """
 
     def __init__(self, geometry: Geometry, weights: dict[str, list[float]] | None = None) -> None:
         self._layers, self._experts = geometry.layers, geometry.experts
@@ -96,7 +97,7 @@ class Echo:
         self._last = [-LONGEST_REST] * pairs  # the last token that used a key
         self._odds, self._prior = [0.0] * pairs, [0.0] * pairs  # of habit: its log-odds, and PRIOR x its probability
         self._known = [-2] * pairs  # the turn of its layer after which these were computed
-        self._q, self._seen = [0.0] * pairs, [0] * pairs  # probability of use at the next turn, the event it is from
+        self._chance, self._seen = [0.0] * pairs, [0] * pairs  # log-odds of q, and the event that they are from
         self._turn = [-1] * geometry.layers  # the token of each layer's last turn
         self._resident: list[set[int]] = [set() for _ in range(geometry.layers)]
         self._lowest: list[float] = [math.inf] * geometry.layers  # the least q of a layer's residents …
@@ -111,9 +112,6 @@ class Echo:
 
     def _distances(self, layer: int) -> list[int]:
         return [(other - layer - 1) % self._layers + 1 for other in range(self._layers)]
-
-    def begin_sequence(self) -> None:
-        """What was learnt of one text serves the next."""
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         if layer <= self._layer:
@@ -181,7 +179,7 @@ class Echo:
                 return key
             else:  # it looked dispensable some layers ago: does it still?
                 self._look(layer, (key,))
-                self._find_lowest(layer, pinned)
+                self._find_lowest(layer, ())
 
     def _prepare(self) -> None:
         """Look at what had its turn, and at what is about to have it."""
@@ -189,7 +187,7 @@ class Echo:
             near = self._similar.best(NEIGHBOURS, self._past)
             after = (near << 1 | near >> (TOKENS - 1)) & ALL
             self._neighbours, self._total, self._found = (near, after), PRIOR + near.bit_count(), True
-            self._stale.update((self._layer + ahead) % self._layers for ahead in REFRESH)
+            self._stale.update((self._layer + ahead) % self._layers for ahead in range(1, REFRESH + 1))
         self._stale |= self._hidden
         self._hidden.clear()
         for layer in sorted(self._stale):
@@ -203,12 +201,12 @@ class Echo:
         x = ((layer - self._layer - 1) % self._layers + 1) / self._layers  # of a token until its turn
         bias, habit, near = bias + far * x, habit + habit_far * x, near + near_far * x
         bits, total, turn = self._neighbours[layer <= self._layer], self._total, self._turn[layer]
-        used, odds, prior, q, seen, known = self._used, self._odds, self._prior, self._q, self._seen, self._known
+        used, odds, prior, seen, known = self._used, self._odds, self._prior, self._seen, self._known
         for key in keys:
             if known[key] != turn:
                 self._learn_habit(key, turn)
             uses = (used[key] & bits).bit_count() + prior[key]
-            q[key] = 1 / (1 + math.exp(-(bias + habit * odds[key] + near * math.log(uses / (total - uses)))))
+            self._chance[key] = bias + habit * odds[key] + near * math.log(uses / (total - uses))
             seen[key] = self._event
 
     def _learn_habit(self, key: int, turn: int) -> None:
@@ -217,17 +215,28 @@ class Echo:
         odds = self._of_rest[rest if rest < LONGEST_REST else LONGEST_REST]
         for table, bits in zip(self._of_uses, self._windows, strict=True):
             odds += table[(used & bits).bit_count()]
-        self._odds[key], self._prior[key], self._known[key] = odds, PRIOR / (1 + math.exp(-odds)), turn
+        self._odds[key], self._prior[key], self._known[key] = odds, PRIOR * probability(odds), turn
 
     def _find_lowest(self, layer: int, pinned: Collection[int]) -> None:
-        there = self._resident[layer]
+        """Who of a layer's residents but ``pinned`` has the lowest q; of equals the one with the lowest id."""
+        there, chance = self._resident[layer], self._chance
         candidates = [key for key in there if key not in pinned] if pinned else there
-        key = min(candidates, key=self._q.__getitem__, default=-1)
-        self._lowest_key[layer], self._lowest[layer] = key, self._q[key] if key >= 0 else math.inf
+        self._stands(layer, min(candidates, key=lambda key: (chance[key], key), default=-1))
 
     def _update(self, layer: int, key: int) -> None:
-        if self._q[key] < self._lowest[layer]:
-            self._lowest[layer], self._lowest_key[layer] = self._q[key], key
+        lowest, chance = self._lowest_key[layer], self._chance
+        if lowest < 0 or (chance[key], key) < (chance[lowest], lowest):
+            self._stands(layer, key)
+
+    def _stands(self, layer: int, key: int) -> None:
+        """``key`` stands for the layer (-1: nobody is left)."""
+        self._lowest_key[layer] = key
+        self._lowest[layer] = probability(self._chance[key]) if key >= 0 else math.inf
+
+
+def probability(log_odds: float) -> float:
+    """What has these log-odds."""
+    return 1 / (1 + math.exp(-log_odds))
 
 
 def last_bits(count: int, at: int) -> int:

@@ -8,10 +8,12 @@ waits is told, and the stream runs nothing more until ``recover``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+Work = Callable[[], None] | Sequence[Callable[[], None]]  # one piece, or parts that may run at the same time
 
 
 class DeviceError(RuntimeError):
@@ -45,8 +47,11 @@ class Stream(Protocol):
 class WorkQueue(Protocol):
     """Workers that run independent pieces of host work, the most urgent first (disk reads)."""
 
-    def submit(self, work: Callable[[], None], urgency: int, after: Event | None = None, name: str = "") -> Event:
-        """Run ``work`` on some worker, lower ``urgency`` first; not before ``after``. Returns its completion."""
+    def submit(self, work: Work, urgency: int, after: Event | None = None, name: str = "") -> Event:
+        """Run ``work`` on some worker, its parts on any, lower ``urgency`` first; not before ``after``.
+
+        Returns the completion of all of it.
+        """
 
     def promote(self, event: Event, urgency: int) -> None:
         """Make work that has not begun more urgent; no effect once it runs."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_cupy.device.base import Work
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.kernels.table import OPS
@@ -136,12 +137,11 @@ class VirtualQueue:
         self._pending: list[_Job] = []
         self._count = itertools.count()
 
-    def submit(
-        self, work: Callable[[], None], urgency: int, after: Any = None, name: str = ""
-    ) -> VirtualEvent:
+    def submit(self, work: Work, urgency: int, after: Any = None, name: str = "") -> VirtualEvent:
         event = VirtualEvent(self._device)
         try:
-            work()
+            for part in [work] if callable(work) else work:
+                part()
         except BaseException as error:  # handed to whoever waits for this job
             event.error = error
         self._pending.append(_Job(next(self._count), self._device.now, urgency, after, event, name))

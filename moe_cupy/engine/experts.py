@@ -112,6 +112,13 @@ class ExpertMover:
         self._touched.clear()
         self.transport.recover()
 
+    def empty(self) -> None:
+        """With the queue idle: no expert is resident, and the policy has seen nothing."""
+        self.cache = self.cache.fresh()
+        self._loading.clear()
+        self._touched.clear()
+        self.transport.empty()
+
     def _hold(self, key: int, slot: int) -> Held:
         event = self._loading.get(key)
         if event is not None and event.done():

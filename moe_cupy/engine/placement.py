@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_cupy.cache import POLICIES, BudgetError, ExpertCache, Request, SizeClass, allot, parse_cache
+from moe_cupy.cache import BudgetError, ExpertCache, Request, SizeClass, allot, parse_cache
+from moe_cupy.compiled import POLICIES
 from moe_cupy.device.base import Device, DeviceError
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.engine.experts import ExpertMover
 from moe_cupy.engine.transport import Direct, HostTier, Transport, TwoTiers, page_locked
-from moe_cupy.store import ExpertStore, Layout
+from moe_cupy.store import ExpertStore, Layout, open_repacked
+from moe_ref.gguf import GGUFFile
 
 AUTO_SHARE_OF_FREE = 0.6  # of free memory that --cache auto takes for experts
 
@@ -76,16 +78,23 @@ def cache_request(
     return (Request(nbytes=allowed), why) if wanted > allowed else (Request(nbytes=wanted), f"{why} holds all")
 
 
+def open_store(file: GGUFFile, layout: Layout, repacked: str | None, direct_io: bool) -> ExpertStore:
+    """The experts where they lie in ``file``, or in a repacked store, which must have been made from it."""
+    if repacked is None:
+        return ExpertStore(layout, direct_io)
+    store, checksums = open_repacked(repacked, file, layout)
+    return ExpertStore(store.full, direct_io, checksums[0])
+
+
 def place_experts(
-    device: Device, layout: Layout, used: int, cache: str, policy: str, direct_io: bool, in_flight: int, *,
-    host_cache: str = "auto",
-) -> tuple[ExpertMover, str]:  # fmt: skip
-    """Open the store and allocate the slots; a token uses ``used`` experts of a layer.
+    device: Device, store: ExpertStore, used: int, cache: str, policy: str, in_flight: int, host_cache: str = "auto"
+) -> tuple[ExpertMover, str]:
+    """Allocate the slots; a token uses ``used`` experts of a layer. Closes the store if that fails.
 
     ``host_cache`` bounds the page-locked experts before a device with memory of its own. Raises BudgetError if a budget
     cannot hold one token's experts, DeviceError if so much cannot be page-locked.
     """
-    store = ExpertStore(layout, direct_io)
+    layout = store.layout
     try:
         classes = size_classes(store)
         request, reason = cache_request(cache, classes, device.memory()[0])

@@ -7,6 +7,7 @@ never writes into a slot (or slab) before what touched it last is over. ``Arriva
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 from moe_cupy.cache import ExpertCache
@@ -34,6 +35,9 @@ class Transport(Protocol):
     def recover(self) -> None:
         """After a failure, with everything idle: forget loads that failed."""
 
+    def empty(self) -> None:
+        """With everything idle: forget what was loaded."""
+
 
 class Direct:
     """Slots are host memory: a worker reads the file into them."""
@@ -43,7 +47,7 @@ class Direct:
         self.queue = device.workers(READ, in_flight)
 
     def start(self, key: int, memory: Any, urgency: int, touched: Any) -> Event:
-        return self.queue.submit(lambda: self._store.read(key, memory), urgency, touched, f"load {key}")
+        return self.queue.submit(self._store.parts(key, memory), urgency, touched, f"load {key}")
 
     def promote(self, event: Event, urgency: int) -> None:
         self.queue.promote(event, urgency)
@@ -52,6 +56,9 @@ class Direct:
         stream.wait(event, reason)
 
     def recover(self) -> None:
+        pass
+
+    def empty(self) -> None:
         pass
 
 
@@ -115,9 +122,8 @@ class HostTier:
         older = self._reading.pop(load.evicted, None) if load.evicted is not None else None
         if older is not None:
             self._queue.promote(older, urgency)
-        work = self._reader(key, memory, last)
         after = after_all([older, last.issued if last is not None else None])
-        self._reading[key] = self._queue.submit(work, urgency, after, f"load {key}")
+        self._reading[key] = self._queue.submit(self._parts(key, memory, last), urgency, after, f"load {key}")
         return load.slot, memory, self._reading[key]
 
     def leaves(self, slab: int, arrival: Arrival) -> None:
@@ -136,13 +142,21 @@ class HostTier:
         self._reading.clear()
         self._left_by.clear()
 
-    def _reader(self, key: int, memory: Any, last: Arrival | None) -> Callable[[], None]:
-        def work() -> None:
-            if last is not None and last.copied is not None:
-                last.copied.synchronize()  # on a worker's time: the slab is being copied out of
-            self._store.read(key, memory)
+    def empty(self) -> None:
+        """With everything idle: no expert is here."""
+        self.cache = self.cache.fresh()
+        self._reading.clear()
+        self._left_by.clear()
 
-        return work
+    def _parts(self, key: int, memory: Any, last: Arrival | None) -> list[Callable[[], None]]:
+        """The reads into a slab, each of which waits, on a worker's time, until the slab is copied out of."""
+
+        def when_copied(part: Callable[[], None]) -> None:
+            if last is not None and last.copied is not None:
+                last.copied.synchronize()
+            part()
+
+        return [partial(when_copied, part) for part in self._store.parts(key, memory)]
 
 
 class TwoTiers:
@@ -189,6 +203,9 @@ class TwoTiers:
 
     def recover(self) -> None:
         self.tier.recover()
+
+    def empty(self) -> None:
+        self.tier.empty()
 
 
 def page_locked(device: Device, size: int, count: int, least: int) -> list[Any]:

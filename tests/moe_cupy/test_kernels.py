@@ -15,11 +15,11 @@ from hypothesis.extra import numpy as hnp
 from moe_cupy.device import host
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.kernels.case import Case
-from moe_cupy.kernels.cases import SCALES_AT, random_matrix
 from moe_cupy.kernels.host import ops
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.layer_cases import attention_case
 from moe_cupy.kernels.matrix import Matrix
+from moe_cupy.kernels.samples import SCALES_AT, random_matrix
 from moe_cupy.kernels.table import OPS
 from moe_cupy.tools.check import check_ops, compare_logits, error_over_tolerance
 from moe_ref.quants import BY_NAME, dequantize

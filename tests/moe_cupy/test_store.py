@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_cupy.device.host import HostDevice
-from moe_cupy.kernels.cases import random_matrix
+from moe_cupy.kernels.samples import random_matrix
 from moe_cupy.store import MATRICES, ExpertStore, Layout, RangeFile, StoreError, expert_layout
 from moe_ref.gguf import GGUFFile, open_gguf
 from moe_ref.tensors import View
