@@ -16,7 +16,9 @@ def open_device(choice: str, threads: int | None = None) -> tuple[Device, str]:
     if choice == "cuda":
         raise DeviceError(f"--device cuda: {missing_for_cuda()}")
     if choice == "emulated":
-        raise DeviceError("--device emulated: not in this version; use --device host")
+        from moe_cupy.device.emulated import EmulatedDevice
+
+        return EmulatedDevice(), "emulated device: the CUDA kernels on the CPU, for tests"
     raise DeviceError(f"--device {choice}: unknown; use one of {', '.join(CHOICES)}")
 
 
