@@ -14,7 +14,7 @@ SAFE_ON_WINDOWS = re.compile(r"[A-Za-z0-9_./:\\=@+-]+")
 
 
 def quote(words: Sequence[str], windows: bool) -> str:
-    """A line for POSIX shells, or for both cmd and PowerShell (for PowerShell alone where a word has one of $, `, \", %)."""
+    """A line for POSIX shells, or for cmd and PowerShell (for PowerShell alone where a word has one of $, `, \", %)."""
     return " ".join(map(_windows, words)) if windows else shlex.join(words)
 
 

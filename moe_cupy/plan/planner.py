@@ -163,7 +163,7 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     room = int(max(0, budget - use.total) // model.expert_bytes)
     most = min(model.experts, room) if slots is None else slots
     least = model.expert_used_count
-    if most < least or use.total > budget:
+    if (slots is None and most < least) or use.total > budget:
         raise PlanError(_no_cache(model, machine, settings, use, budget))
     share = most / model.experts
     cache = Cache(share, curve(share), way, misses)
