@@ -87,4 +87,4 @@ def facts(folder: str) -> Iterator[tuple[str, str]]:
     rate, how = disk_gbps(folder)
     yield "disk", f"{rate:.2f} GB/s in 1 MiB reads one at a time, {how} ({Path(folder).resolve()})"
     yield "pinned memory", f"limit {pin_limit()}"
-    yield "GPU", missing_for_cuda()
+    yield "GPU", missing_for_cuda() or "usable"
