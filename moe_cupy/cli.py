@@ -1,4 +1,4 @@
-"""The runtime: run | logits | perplexity | check | bench | repack | doctor | routes | replay | synth."""
+"""Command line of the runtime; ``build_parser`` has the commands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from moe_cupy.cache import POLICIES
 from moe_cupy.device import CHOICES
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
 from moe_cupy.prefetch import PREFETCHERS
+from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
     RequestError,
     add_model,
@@ -196,11 +197,14 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         raise RequestError(f"--folder {args.folder}: there is no such folder")
     for name, finding in machine.facts(args.folder):
         print(f"{name:14} {finding}", flush=True)
-    device, _ = open_device("host")
-    outcomes = list(check.check_ops(device))
-    device.close()
-    print("\n" + check.table(outcomes))
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+    passed = True
+    for choice in ("host", *(["cuda"] if machine.has_gpu() else [])):
+        device, _ = open_device(choice)
+        outcomes = list(check.check_ops(device))
+        device.close()
+        print(f"\nkernels of the {choice} device\n{check.table(outcomes)}")
+        passed = passed and all(outcome.passed for outcome in outcomes)
+    return 0 if passed else 1
 
 
 def _counts(text: str) -> list[int]:
@@ -258,6 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
+    add_gpu_check(command)
     add_routes(commands)
     add_replay(commands)
     add_synth(commands)

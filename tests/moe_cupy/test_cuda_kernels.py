@@ -24,7 +24,7 @@ from moe_cupy.kernels.samples import normal, random_matrix, unset
 from moe_ref.quants import FORMATS as DECODERS
 from moe_ref.quants import dequantize
 
-EXACT = {"argmax", "clamp", "fill", "group_by_expert", "kv_store", "quantize_q8", "resolve", "top_k"}
+EXACT = {"argmax", "clamp", "fill", "group_by_expert", "kv_store", "kv_store_q8_0", "quantize_q8", "resolve", "top_k"}
 CHAINS = ("delta_recur", "gemv_naive")  # one long sum a thread: its bound is far above what random errors add up to
 
 
@@ -69,7 +69,7 @@ def test_all_formats_are_right_at_any_block_size_and_order_of_lanes(library, blo
 
 def test_every_kernel_stays_within_its_tolerance(library):
     worst = run_cases(64, 0, sources.FORMATS)
-    assert set(worst) | {"resolve", "fill", "kv_store_q8_0"} == set(sources.kernels()), (
+    assert set(worst) | {"resolve", "fill"} == set(sources.kernels()), (
         "a kernel without a case is not checked"
     )
     for kernel, share in worst.items():

@@ -33,7 +33,7 @@ def needs_a_compiler() -> None:
 
 
 def other_launches() -> Iterator[Launch]:
-    """Three events of a pool of 5 slots, and rows of a Q8_0 cache: kernels whose expectation is in other tests."""
+    """Three events of a pool of 5 slots: kernels whose expectation is in other tests."""
     state, last_use = np.zeros(6, np.int32), np.zeros(5, np.int32)
     r = Residency(state, np.full(12, -1, np.int32), np.full(5, -1, np.int32), last_use)
     held, experts = (Pointers([np.zeros(70, np.uint8) for _ in range(n)]) for n in (5, 12))
@@ -41,8 +41,6 @@ def other_launches() -> Iterator[Launch]:
         got, loads = np.zeros(3, np.int32), (np.zeros(3, np.int32), np.zeros(3, np.int32))
         yield launches.resolve(got, loads, np.array(ids, np.int32), r, 0, block=64)
         yield launches.fill(held, experts, loads, state, 70, blocks=2, block=32)
-    x, rows = np.ones((2, 64), np.float32), np.array([1, 0], np.int32)
-    yield launches.kv_store(np.zeros((2, 68), np.uint8), x, rows, block=64)
 
 
 def few_of_each(cases: Iterable[Case], most: int) -> list[Case]:

@@ -18,6 +18,7 @@ from moe_ref import deltanet
 from moe_ref.attention import attend, sigmoid, visible
 from moe_ref.experts import ACTIVATIONS
 from moe_ref.norm import l2_norm, layer_norm, rms_norm
+from moe_ref.quants import quantize
 from moe_ref.rope import apply_rope, rope_tables
 from moe_ref.routing import route
 
@@ -201,6 +202,12 @@ def cache_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
         want[rows, 7:47] = x[:, :40]
         launch = launches.kv_store(cache, x, rows, column=7, width=40, block=block)
         yield Case(f"kv_store {np.dtype(dtype)}", (launch,), (Output(cache, want.astype(np.float64)),))
+    x, blocks = normal(rng, 3, 160), np.full((9, 6 * 34), 0xCD, np.uint8)
+    x[1, 32:64] = 0
+    want = blocks.copy()
+    want[rows, 34 : 5 * 34] = quantize(x[:, :128], "Q8_0")
+    launch = launches.kv_store(blocks, x, rows, column=32, width=128, block=block)
+    yield Case("kv_store_q8_0", (launch,), (Output(blocks, want),))
 
 
 def rope_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
