@@ -19,6 +19,7 @@ from moe_cupy.kernels.cuda.sources import FORMATS
 from moe_cupy.kernels.table import OPS
 
 SMALLEST_BLOCK = 256  # bytes of pinned memory; blocks are powers of two
+ARENA = 4 << 20  # bytes of them, page-locked before the experts can take all there is
 FIRST_NUMBERS = 1 << 16
 
 
@@ -61,12 +62,14 @@ class DiscreteDevice:
 
     is_unified = False
     formats = FORMATS
+    _arena: np.ndarray  # page-locked by the subclass when it begins
 
     def __init__(self) -> None:
         self._workspaces: dict[str, DeviceWorkspace] = {}
         self._blocks: defaultdict[int, deque[tuple[Event, np.ndarray]]] = defaultdict(deque)
         self._fetched: dict[tuple[Any, ...], np.ndarray] = {}
         self._numbers: Any = None
+        self._arena_used = 0
 
     # What a subclass has.
 
@@ -105,7 +108,7 @@ class DiscreteDevice:
     def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
         size = max(SMALLEST_BLOCK, 1 << (values.nbytes - 1).bit_length())
         free = self._blocks[size]
-        block = free.popleft()[1] if free and free[0][0].done() else self.pinned(size)
+        block = free.popleft()[1] if free and free[0][0].done() else self._staging(size)
         block[: values.nbytes] = as_bytes(np.ascontiguousarray(values))
         self.copy_async(as_bytes(dst), block[: values.nbytes], stream)
         free.append((stream.record(), block))
@@ -113,9 +116,20 @@ class DiscreteDevice:
     def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
         key = name, src.shape, np.dtype(src.dtype)
         if key not in self._fetched:
-            self._fetched[key] = self.pinned(src.nbytes).view(src.dtype).reshape(src.shape)
+            self._fetched[key] = self._staging(src.nbytes).view(src.dtype).reshape(src.shape)
         self.copy_async(as_bytes(self._fetched[key]), as_bytes(src), stream)
         return self._fetched[key]
+
+    def _staging(self, nbytes: int) -> np.ndarray:
+        """Host memory for small copies: page-locked, or what there is (a copy then waits, and is right)."""
+        begin, self._arena_used = self._arena_used, self._arena_used + -(-nbytes // SMALLEST_BLOCK) * SMALLEST_BLOCK
+        if self._arena_used <= len(self._arena):
+            return self._arena[begin : begin + nbytes]
+        self._arena_used = begin
+        try:
+            return self.pinned(nbytes)
+        except MemoryError:
+            return np.empty(nbytes, np.uint8)
 
     def numbers(self, first: int, count: int) -> Any:
         """int32 [count] in device memory: first, first + 1, …"""

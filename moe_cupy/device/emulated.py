@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.device.base import DeviceError
-from moe_cupy.device.discrete import DiscreteDevice, as_bytes
+from moe_cupy.device.discrete import ARENA, DiscreteDevice, as_bytes
 from moe_cupy.device.host import HostDevice
 from moe_cupy.kernels.cuda.emulation.build import BuildError
 from moe_cupy.kernels.cuda.emulation.library import Library, emulated
@@ -53,6 +53,7 @@ class EmulatedDevice(DiscreteDevice, HostDevice):
         self.kernels = library()
         DiscreteDevice.__init__(self)
         HostDevice.__init__(self, 1)
+        self._arena = self.pinned(ARENA)
 
     def alloc(self, nbytes: int) -> np.ndarray:
         memory = HostDevice.alloc(self, nbytes)

@@ -207,7 +207,7 @@ class Engine:
         self._stalled_before = self.device.stalls().get(WAIT_EXPERTS, 0.0)
         if mover is not None:
             mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
-            for pool in mover.cache.pools:
+            for pool in (*mover.cache.pools, *mover.transport.pools):
                 pool.counters = Counters()
         self._stats = Stats(
             device=self.device.name,

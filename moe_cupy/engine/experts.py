@@ -92,8 +92,10 @@ class ExpertMover:
 
     def counters(self) -> dict[str, int]:
         """Hits, misses, evictions and bytes over all size classes since they were last reset."""
-        pools = self.cache.pools
+        pools, before = self.cache.pools, self.transport.pools
         return {
+            "host_hits": sum(p.counters.hits for p in before),
+            "host_misses": sum(p.counters.misses for p in before),
             "hits": sum(p.counters.hits for p in pools),
             "misses": sum(p.counters.misses for p in pools),
             "evictions": sum(p.counters.evictions for p in pools),
@@ -122,7 +124,8 @@ class ExpertMover:
     def _hold(self, key: int, slot: int) -> Held:
         event = self._loading.get(key)
         if event is not None and event.done():
-            event.synchronize()  # raises what the load raised
+            if event.error is not None:
+                raise event.error
             del self._loading[key]
             event = None
         if event is not None:

@@ -27,6 +27,7 @@ class Placement:
     cache_bytes: int
     how_read: str
     reason: str  # where the cache size came from
+    host_slots: int = 0  # experts in page-locked memory before the device's
 
     @classmethod
     def of(cls, dense_bytes: int, mover: ExpertMover | None, reason: str) -> Placement:
@@ -42,6 +43,7 @@ class Placement:
             cache_bytes=mover.cache_bytes,
             how_read=mover.store.how,
             reason=reason,
+            host_slots=sum(pool.slots for pool in mover.transport.pools),
         )
 
     def lines(self) -> list[str]:
@@ -54,6 +56,8 @@ class Placement:
                 f"experts      {self.routed_bytes * mib:9.1f} MiB  {self.experts} on disk, {self.how_read}",
                 f"expert cache {self.cache_bytes * mib:9.1f} MiB  {self.slots} slots = {share:.0f}% ({self.reason})",
             ]
+        if self.host_slots:
+            lines.append(f"page-locked  {'':9}      {self.host_slots} of {self.experts} experts, between the two")
         return lines
 
 

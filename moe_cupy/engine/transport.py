@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol
 
-from moe_cupy.cache import ExpertCache
+from moe_cupy.cache import ExpertCache, Pool
 from moe_cupy.device.base import Device, DeviceError, Event
 from moe_cupy.device.threads import ThreadEvent
 from moe_cupy.store import ExpertStore
@@ -21,7 +21,10 @@ IN_SLOT, READ = "slot in use", "expert-read"
 
 
 class Transport(Protocol):
-    """Executes loads; the events are of its own kind."""
+    """Executes loads; the events are of its own kind. ``pools`` are those of a tier before the device's, if any."""
+
+    @property
+    def pools(self) -> tuple[Pool, ...]: ...
 
     def start(self, key: int, memory: Any, urgency: int, touched: Any) -> Any:
         """Bring expert ``key`` into a slot's ``memory`` once the event ``touched`` (or None) is over."""
@@ -41,6 +44,8 @@ class Transport(Protocol):
 
 class Direct:
     """Slots are host memory: a worker reads the file into them."""
+
+    pools: tuple[Pool, ...] = ()
 
     def __init__(self, device: Device, store: ExpertStore, in_flight: int):
         self._store = store
@@ -102,7 +107,7 @@ class HostTier:
     """Experts in page-locked memory under a policy of their own; it sees what the device's slots miss."""
 
     def __init__(self, device: Device, store: ExpertStore, slabs: list[Any], cache: ExpertCache, in_flight: int):
-        self.cache, self._store, self._slabs = cache, store, slabs
+        self.cache, self._store, self.slabs = cache, store, slabs
         self._queue = device.workers(READ, in_flight)
         self._reading: dict[int, Any] = {}  # key -> its read, until seen done
         self._left_by: dict[int, Arrival] = {}  # slab -> the last copy out of it
@@ -116,9 +121,9 @@ class HostTier:
             if read is not None and read.done():
                 del self._reading[key]
                 read = read if read.error is not None else None
-            return plan.hits[0][1], self._slabs[plan.hits[0][1]], read
+            return plan.hits[0][1], self.slabs[plan.hits[0][1]], read
         load = plan.loads[0]
-        memory, last = self._slabs[load.slot], self._left_by.get(load.slot)
+        memory, last = self.slabs[load.slot], self._left_by.get(load.slot)
         older = self._reading.pop(load.evicted, None) if load.evicted is not None else None
         if older is not None:
             self._queue.promote(older, urgency)
@@ -170,6 +175,10 @@ class TwoTiers:
         self.tier, self._device = tier, device
         self._stream = device.stream("copy")
         self._queue = device.workers("copy", 1)
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        return self.tier.cache.pools
 
     def start(self, key: int, memory: Any, urgency: int, touched: Any) -> Arrival:
         slab, source, read = self.tier.find(key, urgency)

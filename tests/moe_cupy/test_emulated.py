@@ -15,9 +15,9 @@ from moe_cupy.device import open_device
 from moe_cupy.device.base import DeviceError
 from moe_cupy.device.emulated import EmulatedDevice
 from moe_cupy.engine import Engine
-from moe_cupy.kernels.case import empty, normal
 from moe_cupy.kernels.cuda.sources import FORMATS
 from moe_cupy.kernels.host.matmul import SUPPORTED
+from moe_cupy.kernels.samples import normal, unset
 from moe_cupy.kernels.table import OPS
 from moe_cupy.tools.check import check_ops
 from moe_ref.gguf import open_gguf
@@ -126,9 +126,9 @@ def test_decode_attention_in_several_parts_is_that_of_the_host(options):
 
     device, rng = EmulatedDevice(), np.random.default_rng(3)
     case = attention_case(rng, (2, 4, 2, 16, 24), 97, **options)
-    long = {"k": normal(rng, 700, 2, 16), "v": normal(rng, 700, 2, 24), "n_past": 600, "out": empty(2, 4, 24)}
+    long = {"k": normal(rng, 700, 2, 16), "v": normal(rng, 700, 2, 24), "n_past": 600, "out": unset(2, 4, 24)}
     buffers = {**case.buffers, **long}
-    want, got = dict(buffers, out=np.zeros((2, 4, 24))), dict(buffers, out=empty(2, 4, 24))
+    want, got = dict(buffers, out=np.zeros((2, 4, 24))), dict(buffers, out=unset(2, 4, 24))
     OPS["attention"].reference(**want)
     device.launch("attention", device.stream("compute"), **got)
     device.synchronize()

@@ -17,7 +17,6 @@ from moe_cupy.kernels.matrix import Matrix
 
 Launches = Iterator[Launch]
 MAX_GRID = 65535  # blocks along y and z
-MAX_SHARED = 48 << 10  # bytes of a block that every device has
 PREFILL_QUERIES = 8  # from here on several queries share the rows of the cache
 SPLIT_ROWS = 256  # rows of the cache that one block of decode attention takes at least
 MAX_SPLITS = 32
@@ -132,10 +131,8 @@ def attention(
     rows, positions = CacheRows(k, v, k.shape[1]), work.numbers(n_past, t)
     sight = Sight(scale, 0 if chunked else window, window if chunked else 0, sinks=sinks)
     if t >= PREFILL_QUERIES:
-        together = to.attention_prefill(out, q, rows, positions, sight)
-        if together.shared_bytes <= MAX_SHARED:
-            yield together
-            return
+        yield to.attention_prefill(out, q, rows, positions, sight)
+        return
     partial = work.scratch("partial", t, heads, splits(n_past + t), v_width + 2)
     yield to.attention_decode(partial, q, rows, positions, sight)
     yield to.attention_combine(out, partial, sinks)
