@@ -14,6 +14,7 @@ import numpy as np
 from moe_cupy.cache import POLICIES
 from moe_cupy.device import CHOICES
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
+from moe_cupy.plan_commands import add_plan
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
@@ -40,6 +41,7 @@ def add_engine(parser: argparse.ArgumentParser, threads: Any = int) -> None:
     add_model(parser)
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
     add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
+    add("--host-cache", default="auto", help="experts in page-locked RAM before a GPU: 2GiB, 25%%, slots:N or auto")
     add("--policy", choices=list(POLICIES), default="echo", help="whom to evict (default echo)")
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
@@ -265,6 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_routes(commands)
     add_replay(commands)
     add_synth(commands)
+    add_plan(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser

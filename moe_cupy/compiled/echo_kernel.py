@@ -1,6 +1,6 @@
 """The arithmetic of ``echo`` for Numba, function for function as in moe_cupy/cache/echo.py.
 
-A set of remembered tokens, there an integer of 512 bits, is here eight words of 64. Formulas are written as there, in
+A set of remembered tokens, there an integer of 1024 bits, is here 16 words of 64. Formulas are written as there, in
 the same order and without ``fastmath``, so that floats are equal to the bit and so are all decisions.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray, cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
-from moe_cupy.cache.echo import LONGEST_REST, TOKENS
+from moe_cupy.cache.echo import LONGEST_REST, TOKENS, TURNS
 from moe_cupy.compiled.state import (
     ASKED,
     FIRST,
@@ -26,6 +26,7 @@ from moe_cupy.compiled.state import (
     floats,
     ints,
     sets,
+    table,
 )
 
 EXCHANGE, VICTIM, EVICT = -1, -2, -3  # what may be asked where an event has its layer
@@ -43,10 +44,16 @@ def ones(typingctx, word):
 
 
 @njit
+def words_of(bits):
+    """WORDS, said so that the compiler cannot know it: a loop of known length is unrolled before it is vectorised."""
+    return min(WORDS, bits.size)
+
+
+@njit
 def count(bits):
     """Tokens of a set [W]."""
     n = np.uint64(0)
-    for w in range(WORDS):
+    for w in range(words_of(bits)):
         n += ones(bits[w])
     return np.int64(n)
 
@@ -55,7 +62,7 @@ def count(bits):
 def common(a, b):
     """Tokens of both sets [W]."""
     n = np.uint64(0)
-    for w in range(WORDS):
+    for w in range(words_of(a)):
         n += ones(a[w] & b[w])
     return np.int64(n)
 
@@ -101,7 +108,8 @@ def add_users(s, users):
 
 @njit
 def find_neighbours(s):
-    """The most similar past tokens, those after them, and how many they weigh with the habit."""
+    """The most similar past tokens and, turn by turn, those after them."""
+    s.found = 1
     taken, left = s.near[0], s.near[1]
     taken[:] = np.uint64(0)
     left[:] = s.past
@@ -117,10 +125,19 @@ def find_neighbours(s):
                 left[w] &= ~bits[w]
     for w in range(WORDS):
         taken[w] |= left[w]
+    s.total[0] = s.prior_weight + count(taken)
+    for i in range(TURNS):
+        next_tokens(s, s.near[i], s.near[i + 1])
+        s.total[i + 1] = s.prior_weight + count(s.near[i + 1])
+
+
+@njit
+def next_tokens(s, tokens, after):
+    """The tokens after some, but for the one that is still to come."""
     for w in range(WORDS):
-        left[w] = (taken[w] << ONE) | (taken[w - 1 if w else WORDS - 1] >> np.uint64(63))
-    s.total = s.prior_weight + count(taken)
-    s.found = 1
+        after[w] = (tokens[w] << ONE) | (tokens[w - 1 if w else WORDS - 1] >> np.uint64(63))
+    future = (s.token + 1) % TOKENS
+    after[future // 64] &= ~bit_of(future)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -141,9 +158,10 @@ def begin(s, layer, keys):
     used, last = sets(s.used), ints(s.last)
     for key in keys:
         add_users(s, used[key])
-    at = s.token % TOKENS
+    at, users = s.token % TOKENS, users_of(s)[s.token % TOKENS]
     for key in keys:
         used[key, at // 64] |= bit_of(at)
+        users[key // 64] |= bit_of(key)
         last[key] = s.token
     ints(s.turn)[layer] = s.token
     ints(s.stale)[layer] = 1
@@ -153,15 +171,30 @@ def begin(s, layer, keys):
 @njit
 def begin_token(s):
     s.token += 1
-    at, used = s.token % TOKENS, sets(s.used)
-    for key in range(s.layers * s.experts):  # the token that was here is forgotten
-        used[key, at // 64] &= ~bit_of(at)
+    at = s.token % TOKENS
+    forget(s, at)
     s.slices[:] = np.uint64(0)
     s.sliced = 2
     set_last(s.past, min(s.token, TOKENS - 1), (at - 1) % TOKENS)
     for i in range(SPANS):
         set_last(s.windows[i], s.spans[i], at)
     tabulate(s)
+
+
+@njit
+def users_of(s):
+    return table(s.users, s.layers * s.experts // 64 + 1)
+
+
+@njit
+def forget(s, at):
+    """The token that was at this position."""
+    users, used = users_of(s)[at], sets(s.used)
+    for w in range(s.layers * s.experts // 64 + 1):
+        while users[w]:
+            lowest = users[w] & (~users[w] + ONE)
+            used[64 * w + np.int64(ones(lowest - ONE)), at // 64] &= ~bit_of(at)
+            users[w] ^= lowest
 
 
 @njit
@@ -193,9 +226,19 @@ def admit(s, key):
         ints(s.stale)[layer] = 1
         return
     look_at(s, layer, key)
-    lowest = ints(s.lowest_key)[layer]
-    if lowest < 0 or goes_before(s, key, lowest):
-        stands(s, layer, key)
+    compare(s, layer, key)
+
+
+@njit
+def compare(s, layer, key):
+    """Who stands for a layer: who did, or ``key``."""
+    lowest, q, later = ints(s.lowest), floats(s.q), floats(s.later)
+    ahead, other = ahead_of(s, layer), lowest[layer]
+    if other >= 0:
+        worth, least = max(q[key] / ahead, later[key]), max(q[other] / ahead, later[other])
+        if worth > least or (worth == least and key > other):
+            return
+    lowest[layer] = key
 
 
 @njit
@@ -206,7 +249,7 @@ def evict(s, key):
     moved = resident[layer * s.experts + residents[layer]]  # the last one closes the gap
     resident[layer * s.experts + place[key]] = moved
     place[moved], place[key] = place[key], -1
-    if ints(s.lowest_key)[layer] == key:
+    if ints(s.lowest)[layer] == key:
         find_lowest(s, layer, False)
 
 
@@ -215,10 +258,10 @@ def victim(s):
     """Whom to give up, none that is ``pinned``; -1 if there is none."""
     prepare(s)
     while True:
-        layer = least_dense_layer(s)
-        if layer < 0:
+        key = least_worth(s)
+        if key < 0:
             return -1
-        key = ints(s.lowest_key)[layer]
+        layer = key // s.experts
         if ints(s.pinned)[key]:
             ints(s.hidden)[layer] = 1
             find_lowest(s, layer, True)
@@ -230,15 +273,23 @@ def victim(s):
 
 
 @njit
-def least_dense_layer(s):
-    """The layer whose lowest resident has the lowest q / d; -1 if nobody is left."""
-    lowest = floats(s.lowest)
+def least_worth(s):
+    """Of those who stand for a layer, the one that is worth least; -1 if nobody is left."""
+    lowest, q, later = ints(s.lowest), floats(s.q), floats(s.later)
     least, found = np.inf, -1
     for layer in range(s.layers):
-        density = lowest[layer] * (1 / ((layer - s.layer - 1) % s.layers + 1))
-        if density < least:
-            least, found = density, layer
+        key = lowest[layer]
+        if key >= 0:
+            worth = max(q[key] / ahead_of(s, layer), later[key])
+            if worth < least:
+                least, found = worth, key
     return found
+
+
+@njit
+def ahead_of(s, layer):
+    ahead = layer - s.layer
+    return ahead if ahead > 0 else ahead + s.layers
 
 
 @njit
@@ -246,8 +297,6 @@ def prepare(s):
     stale = ints(s.stale)
     if not s.found:
         find_neighbours(s)
-        for ahead in range(1, s.refresh + 1):
-            stale[(s.layer + ahead) % s.layers] = 1
     look_at_hidden_again(s)
     for layer in range(s.layers):
         if stale[layer]:
@@ -266,14 +315,22 @@ def look(s, layer):
 
 @njit
 def look_at(s, layer, key):
-    """The log-odds of a resident's q."""
-    x = ((layer - s.layer - 1) % s.layers + 1) / s.layers
+    """What a resident promises."""
+    ahead = ahead_of(s, layer)
+    x = ahead / s.layers
     bias, habit, near = s.mix[0] + s.mix[3] * x, s.mix[1] + s.mix[5] * x, s.mix[2] + s.mix[4] * x
     if ints(s.known)[key] != ints(s.turn)[layer]:
         learn_habit(s, key, ints(s.turn)[layer])
-    uses = common(sets(s.used)[key], s.near[1 if layer <= s.layer else 0]) + floats(s.prior)[key]
-    floats(s.chance)[key] = bias + habit * floats(s.odds)[key] + near * math.log(uses / (s.total - uses))
-    ints(s.seen)[key] = s.now
+    first = 1 if layer <= s.layer else 0
+    used, prior = sets(s.used)[key], floats(s.prior)[key]
+    uses = common(used, s.near[first]) + prior
+    q = probability(bias + habit * floats(s.odds)[key] + near * math.log(uses / (s.total[first] - uses)))
+    hits, waited, best = q, ahead, 0.0
+    for i in range(first + 1, min(first + TURNS, TURNS + 1)):
+        hits += (common(used, s.near[i]) + prior) / s.total[i]
+        waited += s.layers
+        best = max(best, hits / waited)
+    floats(s.q)[key], floats(s.later)[key], ints(s.seen)[key] = q, best, s.now
 
 
 @njit
@@ -286,26 +343,16 @@ def learn_habit(s, key, turn):
 
 
 @njit
-def goes_before(s, key, other):
-    chance = floats(s.chance)
-    return chance[key] < chance[other] or (chance[key] == chance[other] and key < other)
-
-
-@njit
 def find_lowest(s, layer, passing_pinned):
     first, resident, pinned = layer * s.experts, ints(s.resident), ints(s.pinned)
-    lowest = -1
+    q, later, ahead = floats(s.q), floats(s.later), ahead_of(s, layer)
+    least, lowest = np.inf, -1
     for i in range(first, first + ints(s.residents)[layer]):
         key = resident[i]
-        if (lowest < 0 or goes_before(s, key, lowest)) and not (passing_pinned and pinned[key]):
-            lowest = key
-    stands(s, layer, lowest)
-
-
-@njit
-def stands(s, layer, key):
-    ints(s.lowest_key)[layer] = key
-    floats(s.lowest)[layer] = probability(floats(s.chance)[key]) if key >= 0 else np.inf
+        worth = max(q[key] / ahead, later[key])
+        if (worth < least or (worth == least and key < lowest)) and not (passing_pinned and pinned[key]):
+            least, lowest = worth, key
+    ints(s.lowest)[layer] = lowest
 
 
 # ---------------------------------------------------------------------------------------------------------

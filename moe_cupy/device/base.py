@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 Work = Callable[[], None] | Sequence[Callable[[], None]]  # one piece, or parts that may run at the same time
 
 
@@ -60,6 +62,7 @@ class Device(Protocol):
 
     name: str
     formats: tuple[str, ...]  # tensor types that its matrix ops take
+    is_unified: bool  # device memory is host memory: nothing has to be sent or fetched
 
     def alloc(self, nbytes: int) -> Any:
         """Uninitialised uint8 [nbytes] in device memory."""
@@ -75,6 +78,18 @@ class Device(Protocol):
 
     def copy_async(self, dst: Any, src: Any, stream: Stream) -> None:
         """Copy src into dst (same shape and dtype) in stream order."""
+
+    def upload(self, host: np.ndarray) -> Any:
+        """A copy of ``host`` in device memory, uint8 [nbytes]; for loading: returns when it is there."""
+
+    def put(self, dst: Any, values: np.ndarray, stream: Stream) -> None:
+        """Copy a small host array into dst in stream order; ``values`` may change at once."""
+
+    def fetch(self, name: str, src: Any, stream: Stream) -> np.ndarray:
+        """Host memory that holds what src does at this point of the stream, once the stream has got here.
+
+        The next fetch of this name and shape uses the same memory.
+        """
 
     def launch(self, op: str, stream: Stream, **buffers: Any) -> None:
         """Run an op of the kernel table on buffers in stream order."""

@@ -175,6 +175,7 @@ class VirtualDevice:
 
     name = "virtual"
     formats = HostDevice.formats
+    is_unified = True
 
     def __init__(self, op_cost: Callable[[str, dict[str, Any]], float], read_cost: Callable[[str], float]):
         self.op_cost, self.read_cost = op_cost, read_cost
@@ -203,6 +204,17 @@ class VirtualDevice:
     def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
         np.copyto(dst, src)
         stream.items.append(_Item(self.now, self.op_cost("copy", {"dst": dst, "src": src}), "copy"))
+
+    def upload(self, host: np.ndarray) -> np.ndarray:
+        memory = self.alloc(host.nbytes)
+        memory[...] = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
+        return memory
+
+    def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
+        self.copy_async(dst, values.copy(), stream)
+
+    def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
+        return src
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         OPS[op].host(self._split, **buffers)

@@ -43,6 +43,7 @@ class Options:
     """How to run; the names and defaults are those of the command line."""
 
     cache: str = "auto"  # 2GiB | 25% | slots:N | auto
+    host_cache: str = "auto"  # the same, of experts in page-locked memory before a device with its own
     policy: str = "echo"
     prefetch: str = "none"
     device: str = "auto"
@@ -63,8 +64,11 @@ class Options:
         ):
             if value not in table:
                 raise ValueError(f"{flag} {value}: unknown; use one of {', '.join(table)}")
-        if not isinstance(self.cache, str):
-            raise ValueError(f"cache: {self.cache!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'")
+        for name in ("cache", "host_cache"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'"
+                )
         for name in ("ubatch_size", "reads_in_flight", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -203,7 +207,7 @@ class Engine:
         self._stalled_before = self.device.stalls().get(WAIT_EXPERTS, 0.0)
         if mover is not None:
             mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
-            for pool in mover.cache.pools:
+            for pool in (*mover.cache.pools, *mover.transport.pools):
                 pool.counters = Counters()
         self._stats = Stats(
             device=self.device.name,
@@ -232,7 +236,7 @@ class Engine:
             layout = expert_layout(self.file, self.views, c.block_count, c.expert_count)
             store = open_store(self.file, layout, o.store, o.direct_io)
             self.mover, reason = place_experts(
-                self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight
+                self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight, o.host_cache
             )
             self._resources.append(self.mover.store)
         self.placement = Placement.of(self.weights.nbytes, self.mover, reason)

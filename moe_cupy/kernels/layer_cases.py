@@ -149,7 +149,7 @@ def route_case(rng: np.random.Generator, shape: tuple[int, int, int], renormalis
     label = f"{n_tokens}x{experts} top-{used} {options or ''}"
     if options.pop("bias", False):
         options["bias"] = normal(rng, experts) / 2
-    ids, weights = np.full((n_tokens, used), -1, np.int64), unset(n_tokens, used)
+    ids, weights = np.full((n_tokens, used), -1, np.int32), unset(n_tokens, used)
     buffers = {"logits": logits, "scale": 2.5, "renormalise": renormalise, "ids": ids, "weights": weights, **options}
     relative = (experts + used + 16) * U * 2.5
     return Case("route", label, buffers, ("ids", "weights"), lambda: {"ids": 0.0, "weights": relative})
