@@ -13,7 +13,7 @@ Token = dict[int, tuple[int, ...]]  # layer -> experts
 COLLECTION = 64  # activation matrices kept
 MASS = 0.7  # SPICE halts below this share of the k experts' probability; here, what is fetched reaches it
 NEIGHBOURS = 8  # more than the policy asks: a wrong copy in the way costs more than a right one gains …
-SURE = 0.9  # … so this share of them must agree
+SURE = 0.75  # … so this share of them must agree
 
 
 class FromRoutes(NoPrefetch):
@@ -146,7 +146,7 @@ class NearestMatrix(FromRoutes):
 
 
 class EchoPrefetch(FromRoutes):
-    """What nearly all of the most similar remembered tokens used in the next layer (see cache/echo.py)."""
+    """What most of the most similar remembered tokens used in the next layer (see cache/echo.py)."""
 
     def __init__(self) -> None:
         super().__init__()
