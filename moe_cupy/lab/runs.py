@@ -125,7 +125,7 @@ def names(text: str, everything: Sequence[str]) -> list[str]:
 
 
 def jobs(routes: Sequence[str], policy: str, prefetch: str, capacities: Sequence[float], **same: Any) -> list[Job]:
-    """Every combination that the traces allow; Belady always, without prefetch and with the oracle if it is asked for."""
+    """Every combination that the traces allow; Belady always, alone and with the oracle where it is asked for."""
     made = []
     for path in routes:
         predictors = names(prefetch, ALL_PREFETCHERS)
