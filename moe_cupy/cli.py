@@ -196,6 +196,11 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
     if not os.path.isdir(args.folder):
         raise RequestError(f"--folder {args.folder}: there is no such folder")
+    if args.write:
+        from moe_cupy.profile_command import write_profile
+
+        write_profile(args.write, args.folder)
+        return 0
     for name, finding in machine.facts(args.folder):
         print(f"{name:14} {finding}", flush=True)
     passed = True
@@ -262,6 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
+    doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_gpu_check(command)
     add_routes(commands)
