@@ -14,7 +14,7 @@ import numpy as np
 from moe_cupy.cache import POLICIES
 from moe_cupy.device import CHOICES
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
-from moe_cupy.plan_commands import add_plan
+from moe_cupy.plan_commands import add_placement, add_plan, placement_lines
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
@@ -31,8 +31,6 @@ from moe_ref.command import (
     token_list,
     whole_file,
 )
-
-GPU_PLACEMENT = {"n_gpu_layers": "-ngl", "override_tensor": "-ot", "cpu_moe": "--cpu-moe", "n_cpu_moe": "--n-cpu-moe"}
 
 
 def add_engine(parser: argparse.ArgumentParser, threads: Any = int) -> None:
@@ -52,10 +50,7 @@ def add_engine(parser: argparse.ArgumentParser, threads: Any = int) -> None:
     add("--store", metavar="STORE", help="read experts from this file, made by repack (default: from the model)")
     add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
     add("--reads", dest="reads_in_flight", type=number(1, 256), default=4, help="expert reads in flight (default 4)")
-    add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", help="layers on the GPU (needs --device cuda)")
-    add("-ot", "--override-tensor", help="regex=device,… (needs --device cuda)")
-    add("-cmoe", "--cpu-moe", action="store_true", default=None, help="all experts on the CPU (needs --device cuda)")
-    add("-ncmoe", "--n-cpu-moe", type=int, help="experts of the first N layers on the CPU (needs --device cuda)")
+    add_placement(parser)
 
 
 def open_engine(args: argparse.Namespace) -> Any:
@@ -65,9 +60,8 @@ def open_engine(args: argparse.Namespace) -> Any:
 
     if first_run():
         note("compiling host kernels (first run only, some seconds)…")
-    for name, flag in GPU_PLACEMENT.items():
-        if getattr(args, name) is not None and args.device in ("auto", "host"):
-            note(f"{flag} has no effect on the host device: everything is computed by the CPU")
+    for line in placement_lines(args):
+        note(line)
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
     engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
@@ -196,6 +190,11 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
     if not os.path.isdir(args.folder):
         raise RequestError(f"--folder {args.folder}: there is no such folder")
+    if args.write:
+        from moe_cupy.profile_command import write_profile
+
+        write_profile(args.write, args.folder)
+        return 0
     for name, finding in machine.facts(args.folder):
         print(f"{name:14} {finding}", flush=True)
     passed = True
@@ -262,6 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
+    doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_gpu_check(command)
     add_routes(commands)
