@@ -167,7 +167,10 @@ class Event:
 
     @property
     def done(self) -> bool:
-        return self.point.done()
+        is_over = self.point.done()
+        if is_over:
+            self._cupy.note("done", self.number)
+        return is_over
 
     def synchronize(self) -> None:
         self._cupy.note("Event.synchronize", self.number)
