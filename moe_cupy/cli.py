@@ -14,6 +14,7 @@ import numpy as np
 from moe_cupy.cache import POLICIES
 from moe_cupy.device import CHOICES
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
+from moe_cupy.plan_commands import add_plan
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
@@ -267,6 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_routes(commands)
     add_replay(commands)
     add_synth(commands)
+    add_plan(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser

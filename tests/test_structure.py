@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "tools": {"engine", "kernels", "device", "store", "cache", "prefetch", "plan", "moe_ref", "lab", "__init__"},
     "cli": {"*"},
     "lab_commands": {"*"},
+    "plan_commands": {"*"},
     "demo": {"*"},
     "__main__": {"cli"},
     "__init__": {"engine", "moe_ref.__version__"},

@@ -130,7 +130,7 @@ def machine_called(name: str) -> Machine:
     return replace(machine_from(row, gpu.name, name), gpu=gpu)
 
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "gpu": str, "ram": str, "channels": int, "ram_gb": (int, float), "cores": int, "disk": str, "what": str,
     "sockets": int, "pcie": str, "vram_gb": (int, float), "gpu_bandwidth": (int, float), "link": (int, float),
     "gpu_tensor": (int, float), "ram_bandwidth": (int, float), "disk_read": (int, float), "measured": dict,
@@ -183,7 +183,7 @@ def _ram(row: Mapping[str, Any], where: str) -> float:
     if "ram_bandwidth" in row:
         return float(row["ram_bandwidth"] * GB)
     if "ram" not in row:
-        raise PlanError(f"{where}: ram or ram_bandwidth: missing; such as ram = \"DDR5-5600\" with channels = 2")
+        raise PlanError(f'{where}: ram or ram_bandwidth: missing; such as ram = "DDR5-5600" with channels = 2')
     return ram_bytes_s(row["ram"], row.get("channels", 2))
 
 

@@ -68,7 +68,9 @@ class _Reader:
     def _quantifier(self, char: str) -> None:
         match = re.compile(r"\{\d+(,\d*)?\}|[*+?]").match(self.text, self.at)
         if match is None:
-            raise PatternError(f"{self.text[self.at:][:8]!r} is no quantifier such as {{2}} ('{{' alone is written \\{{)")
+            raise PatternError(
+                f"{self.text[self.at :][:8]!r} is no quantifier such as {{2}} ('{{' alone is written \\{{)"
+            )
         if self.atom is None:
             raise PatternError(f"nothing to repeat before {match[0]!r} at character {self.at + 1}")
         self.at = match.end()
@@ -80,7 +82,7 @@ class _Reader:
         special = re.compile(r"\(\?(.?)").match(self.text, self.at)
         kind = special[1] if special else ""
         if special and kind not in (":", "=", "!"):
-            raise PatternError(f"{self.text[self.at:][:4]!r} is not known: groups are (…), (?:…), (?=…) and (?!…)")
+            raise PatternError(f"{self.text[self.at :][:4]!r} is not known: groups are (…), (?:…), (?=…) and (?!…)")
         self.open.append((len(self.out), kind not in ("=", "!")))
         self._put(f"(?{kind}" if special else "(", 2 + len(kind) if special else 1, repeats=False)
 

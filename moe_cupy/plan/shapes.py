@@ -104,6 +104,11 @@ class Model:
         """Bytes of one routed expert, on average over the layers."""
         return self.routed_bytes / self.experts if self.experts else 0.0
 
+    @cached_property
+    def tied_bytes(self) -> int:
+        """Of an embedding that is the output matrix too; 0 where the output has its own."""
+        return 0 if any(t.part == "output" for t in self.tensors) else self.bytes_of("embedding")
+
     @property
     def used_share(self) -> float:
         """Of a layer's routed experts, how many a token uses."""
@@ -113,10 +118,10 @@ class Model:
         return sum(t.nbytes for t in self.tensors if t.part == part)
 
     def read_per_token(self, tensor: Tensor) -> float:
-        """Bytes of a tensor that computing one token reads."""
+        """Bytes of a tensor that computing one token reads; of the embedding a row, even where it is the output too."""
         if tensor.part == "routed":
             return tensor.nbytes * self.used_share
-        if tensor.part == "embedding" and any(t.part == "output" for t in self.tensors):
+        if tensor.part == "embedding":
             return tensor.nbytes / tensor.shape[0]
         return tensor.nbytes
 

@@ -18,6 +18,7 @@ from moe_cupy.kernels.cuda.check import all_cases
 from moe_cupy.kernels.cuda.emulation import build as building
 from moe_cupy.kernels.cuda.emulation.build import FAST, BuildError, Flavour, build, compiler
 from moe_cupy.kernels.cuda.emulation.library import LaunchError, Library, emulated
+from moe_cupy.kernels.cuda.emulation.sketch import Sketch
 from moe_cupy.kernels.cuda.launches import Launch, Pointers, Residency
 from moe_cupy.kernels.reference import expand
 from moe_cupy.kernels.samples import normal, random_matrix, unset
@@ -253,3 +254,40 @@ def test_an_output_compares_as_it_says():
     assert Output(got, np.array([1.5, np.nan, 2.0]), 0.25).ratio() == 2
     assert Output(got, np.array([1.0, 0.0, 2.0]), 1.0).ratio() == np.inf
     assert Output(got[:1], np.array([1.0]), 0.0).ratio() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sketches
+
+DOUBLE = """KERNEL(twice)(float* x, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i %s n) x[i] *= 2.f;
+}"""
+SWAP = """KERNEL(turn)(float* x) {
+    SHARED(float, s);
+    s[threadIdx.x] = x[threadIdx.x];
+    BARRIER
+    x[threadIdx.x] = s[blockDim.x - 1 - threadIdx.x];
+}"""
+
+
+def test_a_sketch_runs_and_is_watched(library):
+    x = np.arange(40, dtype=np.float32)
+    Sketch(DOUBLE % "<")(2, 32, x, 40)
+    assert np.array_equal(x, 2 * np.arange(40))
+    assert not Sketch(DOUBLE % "<").bounds(2, 32, x, 40)
+    assert "heap-buffer-overflow" in Sketch(DOUBLE % "<=").bounds(2, 32, x, 40)
+    right, wrong = (Sketch(SWAP.replace("BARRIER", barrier)) for barrier in ("__syncthreads();", ""))
+    for seed in (0, 3):
+        y = np.arange(64, dtype=np.float32)
+        right(1, 64, y, shared_bytes=256, seed=seed)
+        assert np.array_equal(y, np.arange(63, -1, -1))
+    assert not right.races(1, 64, y, shared_bytes=256)
+    assert "data race" in wrong.races(1, 64, y, shared_bytes=256)
+
+
+def test_a_text_that_is_no_sketch_is_refused(library):
+    with pytest.raises(BuildError, match="this text has 0"):
+        Sketch("int x;")
+    with pytest.raises(LaunchError, match="2 arguments; it takes 1"):
+        Sketch(SWAP.replace("BARRIER", ""))(1, 32, None, 2)
