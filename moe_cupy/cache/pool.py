@@ -119,6 +119,11 @@ class ExpertCache:
         first = [sum(slots[:i]) for i in range(len(slots))]
         shape = len(self.class_of_layer), expert_count
         self.pools = tuple(Pool(n, policy(Geometry(n, *shape)), at) for n, at in zip(slots, first, strict=True))
+        self._made_of = expert_count, class_of_layer, slots, policy
+
+    def fresh(self) -> ExpertCache:
+        """One of the same shape that has seen nothing yet."""
+        return ExpertCache(*self._made_of)
 
     def key(self, layer: int, expert: int) -> int:
         """The integer name of a routed expert."""

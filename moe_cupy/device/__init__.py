@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_cupy.device.base import Device, DeviceError
 
 CHOICES = ("auto", "cuda", "host", "emulated")
+EXTRA = "moe-offload[cuda%d]"
 
 
 def open_device(choice: str, threads: int | None = None) -> tuple[Device, str]:
@@ -12,23 +13,41 @@ def open_device(choice: str, threads: int | None = None) -> tuple[Device, str]:
     if choice == "host":
         return _host(threads), "host device, as asked"
     if choice == "auto":
-        return _host(threads), "auto chose the host device: there is no CUDA device in this version"
+        return _auto(threads, missing_for_cuda())
     if choice == "cuda":
-        raise DeviceError(f"--device cuda: {missing_for_cuda()}")
+        if reason := missing_for_cuda():
+            raise DeviceError(f"--device cuda: {reason}; or use --device host")
+        return _cuda(), "cuda device, as asked"
     if choice == "emulated":
-        raise DeviceError("--device emulated: not in this version; use --device host")
+        from moe_cupy.device.emulated import EmulatedDevice
+
+        return EmulatedDevice(), "emulated device: the CUDA kernels on the CPU, for tests"
     raise DeviceError(f"--device {choice}: unknown; use one of {', '.join(CHOICES)}")
 
 
 def missing_for_cuda() -> str:
-    """What stands between this machine and ``--device cuda``, and what to do about it."""
+    """What stands between this machine and ``--device cuda``, and what to do about it; empty if it is usable."""
     try:
         import cupy
     except ImportError:
-        found = "and CuPy is not installed"
-    else:
-        found = "though a GPU is here" if cupy.cuda.is_available() else "and CuPy finds no GPU or no driver"
-    return f"there is no CUDA device in this version yet ({found}); use --device host"
+        return f"CuPy is not installed: pip install '{EXTRA % 13}' (or '{EXTRA % 12}' for a CUDA 12 driver)"
+    from moe_cupy.device.cuda import missing
+
+    return missing(cupy)
+
+
+def _auto(threads: int | None, reason: str) -> tuple[Device, str]:
+    if reason:
+        return _host(threads), f"auto chose the host device: {reason}"
+    return _cuda(), "auto chose the cuda device: a GPU is here"
+
+
+def _cuda() -> Device:
+    import cupy
+
+    from moe_cupy.device.cuda import CudaDevice
+
+    return CudaDevice(cupy)
 
 
 def _host(threads: int | None) -> Device:

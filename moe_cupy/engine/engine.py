@@ -17,9 +17,10 @@ from moe_cupy.cache import Counters
 from moe_cupy.compiled import POLICIES
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
+from moe_cupy.engine.driven import DrivenForward, place_resident
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
-from moe_cupy.engine.placement import Placement, place_experts
+from moe_cupy.engine.placement import Placement, open_store, place_experts
 from moe_cupy.engine.stats import Stats
 from moe_cupy.engine.weights import check_formats, load_dense
 from moe_cupy.prefetch import PREFETCHERS
@@ -43,6 +44,7 @@ class Options:
     """How to run; the names and defaults are those of the command line."""
 
     cache: str = "auto"  # 2GiB | 25% | slots:N | auto
+    host_cache: str = "auto"  # the same, of experts in page-locked memory before a device with its own
     policy: str = "echo"
     prefetch: str = "none"
     device: str = "auto"
@@ -51,19 +53,25 @@ class Options:
     ubatch_size: int = 512
     cache_type_k: str = "f32"
     cache_type_v: str = "f32"
+    store: str | None = None  # a file that `repack` made of the model, to read experts from
     direct_io: bool = True
     reads_in_flight: int = 4
+    decode: str = "host"  # who decides what is loaded: host (policies, disk) or device (LRU, a token is one graph)
     progress: bool = False  # show on stderr how far loading is
 
     def __post_init__(self) -> None:
         for value, table, flag in (
             (self.policy, POLICIES, "--policy"),
             (self.prefetch, PREFETCHERS, "--prefetch"),
+            (self.decode, ("host", "device"), "--decode"),
         ):
             if value not in table:
                 raise ValueError(f"{flag} {value}: unknown; use one of {', '.join(table)}")
-        if not isinstance(self.cache, str):
-            raise ValueError(f"cache: {self.cache!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'")
+        for name in ("cache", "host_cache"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'"
+                )
         for name in ("ubatch_size", "reads_in_flight", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -77,9 +85,9 @@ class Engine:
 
     ``cache`` bounds the routed experts that are resident over all layers; the keywords are the fields of
     ``Options``. Raises GGUFError, ConfigError or FormatError for a file that cannot be run, BudgetError for
-    a cache too small, DeviceError for a device that is not here; later TokenizerError where text is asked
-    of a file without a usable tokenizer, and StoreError where expert bytes cannot be read. After a
-    StoreError the engine is usable: what failed is read again when next wanted.
+    a cache too small, DeviceError for a device that is not here, StoreMismatch for a store of another model;
+    later TokenizerError where text is asked of a file without a usable tokenizer, and StoreError where expert
+    bytes cannot be read. After a StoreError the engine is usable: what failed is read again when next wanted.
     """
 
     def __init__(self, model: str | os.PathLike, *, _device: Device | None = None, **options: Any):
@@ -145,13 +153,13 @@ class Engine:
         """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s."""
         self.reset()
         ids = self._checked(tokens)
-        step = self.options.ubatch_size
+        step = self._step
         return np.concatenate([self._timed(ids[i : i + step], False, True) for i in range(0, len(ids), step)])
 
     def prefill(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Feed ``tokens`` [T] after what was fed before; logits [vocab] of the last."""
         ids = self._checked(tokens)
-        step = self.options.ubatch_size
+        step = self._step
         for i in range(0, len(ids), step):
             logits = self._timed(ids[i : i + step], True, True)
         return logits[-1]
@@ -169,6 +177,17 @@ class Engine:
             if self.mover is not None:
                 self.mover.cache.begin_sequence()
 
+    def empty_cache(self) -> None:
+        """As if just opened: no expert is resident, policy and prefetcher have learned nothing, counters are zero."""
+        with self._used_alone():
+            self.device.synchronize()
+            self.forward.prefetcher = PREFETCHERS[self.options.prefetch]()
+            if self.mover is not None:
+                self.mover.empty()
+            if isinstance(self.forward, DrivenForward):
+                self.forward.experts.empty()
+        self.reset_stats()
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens parsed and added as the model's file says."""
         return self.tokenizer.encode(text, add_special=True, parse_special=True)
@@ -181,10 +200,17 @@ class Engine:
         return self._tokenizer
 
     @property
+    def _step(self) -> int:
+        """Prompt tokens at a time: one where the device decides, which does so token by token."""
+        return 1 if self.options.decode == "device" and self.config.is_moe else self.options.ubatch_size
+
+    @property
     def stats(self) -> Stats:
         """The counters so far."""
         stalled = self.device.stalls().get(WAIT_EXPERTS, 0.0) - self._stalled_before
         moved: dict[str, Any] = self.mover.counters() if self.mover is not None else {}
+        if isinstance(self.forward, DrivenForward):
+            moved = self.forward.experts.counters()
         return replace(self._stats, stall_us=int(1e6 * stalled), **moved)
 
     def reset_stats(self) -> None:
@@ -193,12 +219,15 @@ class Engine:
         self._stalled_before = self.device.stalls().get(WAIT_EXPERTS, 0.0)
         if mover is not None:
             mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
-            for pool in mover.cache.pools:
+            for pool in (*mover.cache.pools, *mover.transport.pools):
                 pool.counters = Counters()
+        driven = isinstance(self.forward, DrivenForward)
+        if isinstance(self.forward, DrivenForward):
+            self.forward.experts.reset_counters()
         self._stats = Stats(
             device=self.device.name,
-            policy=self.options.policy,
-            prefetch=self.options.prefetch,
+            policy="lru" if driven else self.options.policy,
+            prefetch="none" if driven else self.options.prefetch,
             cache_slots=self.placement.slots,
             cache_bytes=self.placement.cache_bytes,
             experts=self.placement.experts,
@@ -217,17 +246,25 @@ class Engine:
     def _load(self) -> None:
         o, c = self.options, self.config
         self.weights = load_dense(self.device, self.file, c, self.views, o.progress)
-        self.mover, reason = None, ""
+        self.mover, driven, reason = None, None, ""
         if c.is_moe:
             layout = expert_layout(self.file, self.views, c.block_count, c.expert_count)
-            self.mover, reason = place_experts(
-                self.device, layout, c.expert_used_count, o.cache, o.policy, o.direct_io, o.reads_in_flight
-            )
-            self._resources.append(self.mover.store)
+            store = open_store(self.file, layout, o.store, o.direct_io)
+            if o.decode == "device":
+                driven, reason = place_resident(self.device, store, c.expert_used_count, o.cache)
+            else:
+                self.mover, reason = place_experts(
+                    self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight, o.host_cache
+                )
+            self._resources.append(store)
         self.placement = Placement.of(self.weights.nbytes, self.mover, reason)
         capacity = o.ctx_size or min(DEFAULT_CONTEXT, c.context_length)
         self.kv = DeviceKV(self.device, c, capacity, o.cache_type_k, o.cache_type_v)
-        self.forward = Forward(self.device, c, self.weights, self.mover, PREFETCHERS[o.prefetch]())
+        parts: Any = (self.device, c, self.weights, self.mover, PREFETCHERS[o.prefetch]())
+        self.forward = Forward(*parts)
+        if driven is not None:
+            self.placement = driven.placement(self.weights.nbytes, store.how, reason)
+            self.forward = DrivenForward(*parts, experts=driven)
         self.reset_stats()
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -21,37 +21,31 @@ from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
 from moe_cupy.engine.weights import DenseWeights
 from moe_cupy.prefetch import Prefetcher
+from moe_cupy.store import MATRICES
 from moe_ref.attention import softmax, temperature
 from moe_ref.config import ModelConfig
 from moe_ref.model import divisors
 from moe_ref.rope import Rope, scaled_tables
 
-Groups = dict[int, tuple[np.ndarray, np.ndarray]]  # expert -> (token indices, ranks)
 WAIT_EXPERTS = "expert load"
-_ONE = np.zeros(1, np.int64)
+NOTHING = np.empty((0, 0), np.float32)
 
 
-def group_by_expert(ids: np.ndarray) -> Groups:
-    """ids [T, k] -> the tokens and ranks of each expert; for one token in rank order, else by expert id."""
-    if len(ids) == 1:
-        return {int(e): (_ONE, np.array([r])) for r, e in enumerate(ids[0])}
-    groups: Groups = {}
-    for expert in np.unique(ids):
-        tokens, ranks = np.nonzero(ids == expert)
-        groups[int(expert)] = tokens, ranks
-    return groups
+def distinct(ids: np.ndarray) -> list[int]:
+    """The experts in ids [T, k]; of one token in rank order, else by id."""
+    return ids[0].tolist() if len(ids) == 1 else np.unique(ids).tolist()
 
 
 class Routes(NamedTuple):
     """What a layer's router said of T tokens."""
 
-    ids: Any  # int64 [T, k], best first
-    weights: Any  # [T, k]
-    router: Any  # logits [T, E]
-    ahead: Any = None  # int64 [T, k]: what the next layer's router said of the stream before this layer's experts
+    ids: np.ndarray  # int32 [T, k], best first
+    weights: np.ndarray  # [T, k]
+    router: np.ndarray  # logits [T, E]
+    ahead: np.ndarray | None = None  # int32 [T, k]: the next layer's router on the stream before this layer's experts
 
 
-RouteObserver = Callable[[int, Routes], None]  # told (layer, routes), in device memory that the next layer reuses
+RouteObserver = Callable[[int, Routes], None]  # told (layer, routes), in memory that the next layer reuses
 
 
 class Forward:
@@ -70,12 +64,18 @@ class Forward:
         self.stream = device.stream("compute")
         self.observe: RouteObserver | None = None
         self._launch: Callable[..., None] = partial(device.launch, stream=self.stream)
-        self._decode_scratch = Scratch(device)
+        self._decode_scratch = Scratch(device, self.stream)
         self._rotations = self._distinct_rotations()
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
         """Logits [T, vocab] (or [1, vocab] of the last token) for tokens int64 [T] that follow ``kv.length``."""
-        run = self._begin(tokens, kv)
+        return self._fetched_logits(self._pass(self._begin(tokens, kv), last_only))
+
+    def _pass(self, run: Pass, last_only: bool) -> Any:
+        """All launches of a pass: logits [T or 1, vocab] in device memory."""
+        self._launch("embed", table=self.weights.token_embd, ids=run.ids, out=run.x)
+        if self.config.embedding_scale != 1.0:
+            self._launch("scale", x=run.x, factor=self.config.embedding_scale)
         for layer, w in zip(self.config.layers, self.weights.layers, strict=True):
             block = Block(run, layer, w)
             self._mix(block)
@@ -88,18 +88,15 @@ class Forward:
         return self._head(run, run.x[-1:] if last_only else run.x)
 
     def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
-        """The residual stream before the first layer, and what depends on the positions alone."""
+        """Room for the residual stream, and what depends on ids and positions alone, sent to the device."""
         c = self.config
-        scratch = self._decode_scratch if len(tokens) == 1 else Scratch(self.device)
+        scratch = self._decode_scratch if len(tokens) == 1 else Scratch(self.device, self.stream)
         positions = kv.length + np.arange(len(tokens))
-        x = scratch("x", len(tokens), c.embedding_length)
-        self._launch("embed", table=self.weights.token_embd, ids=tokens, out=x)
-        if c.embedding_scale != 1.0:
-            self._launch("scale", x=x, factor=c.embedding_scale)
         heat = {layer.index: temperature(c, layer, positions) for layer in c.layers} if c.temperature else {}
         return Pass(
-            config=c, launch=self._launch, scratch=scratch, kv=kv, tables=self._tables(positions),
-            temperature={i: t.astype(np.float32) for i, t in heat.items() if t is not None}, x=x,
+            config=c, launch=self._launch, scratch=scratch, kv=kv, tables=self._tables(positions, scratch),
+            ids=scratch.put("tokens", tokens.astype(np.int32)), x=scratch("x", len(tokens), c.embedding_length),
+            temperature={i: scratch.put(f"heat {i}", t.astype(np.float32)) for i, t in heat.items() if t is not None},
         )  # fmt: skip
 
     def _distinct_rotations(self) -> dict[tuple[Rope, str | None], list[int]]:
@@ -111,16 +108,19 @@ class Forward:
                 found.setdefault(key, []).append(layer.index)
         return found
 
-    def _tables(self, positions: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def _tables(self, positions: np.ndarray, scratch: Scratch) -> dict[int, tuple[Any, Any]]:
         """Cosines and sines [T, n_rot/2] of each layer that has rotary positions."""
-        tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        tables: dict[int, tuple[Any, Any]] = {}
         for (rope, name), layers in self._rotations.items():
-            tables |= dict.fromkeys(layers, scaled_tables(positions, rope, self.weights.divisors.get(name or "", 1.0)))
+            cos, sin = scaled_tables(positions, rope, self.weights.divisors.get(name or "", 1.0))
+            pair = scratch.put(f"cos {layers[0]}", cos), scratch.put(f"sin {layers[0]}", sin)
+            tables |= dict.fromkeys(layers, pair)
         return tables
 
-    def _head(self, run: Pass, x: Any) -> np.ndarray:
+    def _head(self, run: Pass, x: Any) -> Any:
         c, w = self.config, self.weights
-        logits = self.device.alloc(4 * len(x) * c.vocab_size).view(np.float32).reshape(len(x), c.vocab_size)
+        scratch = Scratch(self.device, self.stream) if self.device.is_unified else run.scratch  # kept, or copied
+        logits = scratch("logits", len(x), c.vocab_size)
         weight, bias = w.output_norm
         centred = c.quirks.norm == "layer"
         self._launch("norm", x=x, weight=weight, bias=bias, epsilon=c.norm_epsilon, centred=centred, out=x)
@@ -129,8 +129,13 @@ class Forward:
             self._launch("scale", x=logits, factor=1 / c.logit_scale)
         if c.final_logit_softcapping:
             self._launch("softcap", x=logits, limit=c.final_logit_softcapping)
-        self.stream.record().synchronize()
         return logits
+
+    def _fetched_logits(self, logits: Any) -> np.ndarray:
+        """Logits in host memory, once they are there."""
+        host = self.device.fetch("logits", logits, self.stream)
+        self.stream.record().synchronize()
+        return host if self.device.is_unified else host.copy()
 
     def _mix(self, block: Block) -> None:
         mixer, last = MIXERS[block.layer.mixer]
@@ -155,51 +160,72 @@ class Forward:
         ahead = self._ahead(block)
         h, logits = networks.router_logits(block)
         ids, weights = networks.route(block, logits)
+        routes = self._fetched(layer, ids, weights, logits, ahead)
         routed = self.stream.record()
         parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
         given = weights if c.quirks.weigh == "input" else None
-        buffers = {"x": h, "parts": parts, "weights": given, "activation": c.quirks.activation}
+        extra = block.weights.of_experts()
+        buffers = {"x": h, "ids": ids, "parts": parts, "weights": given, "activation": c.quirks.activation, **extra}
         routed.synchronize()  # the routes are on the host now
         if self.observe is not None:
-            self.observe(layer, Routes(ids, weights, logits, ahead))
+            self.observe(layer, routes)
         if self.prefetcher.predicts:
-            self.prefetcher.observe(layer, ids.tolist())
-        expected = self.prefetcher.predict([] if ahead is None else ahead.tolist()) if self._leads_on(layer) else []
-        others = self._experts(block, Routes(ids, weights, logits), expected, buffers)
+            self.prefetcher.observe(layer, routes.ids.tolist())
+        guess = [] if routes.ahead is None else routes.ahead.tolist()
+        expected = self.prefetcher.predict(guess) if self._leads_on(layer) else []
+        others = self._experts(block, routes, expected, buffers)
         networks.join(block, parts, weights, others)
+
+    def _fetched(self, layer: int, ids: Any, weights: Any, logits: Any, ahead: Any) -> Routes:
+        """The routes in host memory, valid after the stream's next event; what nobody asks for is left behind."""
+        asked = self.observe is not None or self._wants_scores(layer, len(ids))
+        fetch = partial(self.device.fetch, stream=self.stream)
+        told = (fetch("weights", weights), fetch("router", logits)) if asked else (NOTHING, NOTHING)
+        return Routes(fetch("ids", ids), told[0], told[1], None if ahead is None else fetch("ahead", ahead))
 
     def _experts(self, block: Block, routes: Routes, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
         """Launch the experts that were chosen; returns what is beside them, computed while the first are loaded."""
         assert self.mover is not None
-        layer, groups = block.layer.index, group_by_expert(routes.ids)
-        waves = self.mover.waves(layer, list(groups))
+        layer = block.layer.index
+        waves = self.mover.waves(layer, distinct(routes.ids))
+        if not self.device.is_unified:  # such a device cannot look into memory of its own to group tokens by experts
+            buffers |= {"on_host": routes.ids, "first": True}
         held = self.mover.acquire(layer, waves[0], scores=self._scores(layer, routes))
         others = networks.beside(block, buffers["x"])
         for following in (*waves[1:], None):
             if following is None and expected:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})
-            self._compute(layer, held, groups, buffers)
+            self._compute(held, buffers)
             if following is not None:
                 held = self.mover.acquire(layer, following, self._keep(layer, held))
         return others
 
     def _scores(self, layer: int, routes: Routes) -> Scores | None:
         """What the router said of a single token, for policies that ask."""
-        assert self.mover is not None
-        if len(routes.ids) > 1 or not self.mover.cache.pool(layer).policy.wants_scores:
+        if not self._wants_scores(layer, len(routes.ids)):
             return None
         return Scores(routes.weights[0].tolist(), softmax(routes.router)[0].tolist())
+
+    def _wants_scores(self, layer: int, n_tokens: int) -> bool:
+        assert self.mover is not None
+        return n_tokens == 1 and self.mover.cache.pool(layer).policy.wants_scores
 
     def _keep(self, layer: int, held: Sequence[Held]) -> set[int]:
         """What to pin while the next wave loads: this wave, unless the pool has a single slot."""
         assert self.mover is not None
         return {one.key for one in held} if self.mover.cache.pool(layer).slots > 1 else set()
 
-    def _compute(self, layer: int, held: Sequence[Held], groups: Groups, buffers: dict[str, Any]) -> None:
+    def _compute(self, held: Sequence[Held], buffers: dict[str, Any]) -> None:
+        """Launch what is here at once, then each of the others when it has come."""
         assert self.mover is not None
-        for one in held:
-            if one.ready is not None:
-                self.stream.wait(one.ready, WAIT_EXPERTS)
-            extra = self.weights.layers[layer].of_expert(one.expert)
-            self._launch("expert", chosen=groups[one.expert], **buffers, **extra, **one.matrices)
+        here = [one for one in held if one.ready is None]
+        for several in ([here] if here else []) + [[one] for one in held if one.ready is not None]:
+            for one in several:
+                if one.ready is not None:
+                    self.mover.wait(self.stream, one.ready, WAIT_EXPERTS)
+            wanted = np.array([one.expert for one in several])
+            three = {name: [one.matrices[name] for one in several] for name in MATRICES}
+            self._launch("experts", wanted=wanted, **three, **buffers)
+            if not self.device.is_unified:
+                buffers["first"] = False
         self.mover.used(held, self.stream.record())

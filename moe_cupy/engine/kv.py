@@ -49,6 +49,11 @@ class DeviceKV:
         zeros, *both = self._states[index]
         return (both[self._current] if self.length else zeros), both[1 - self._current]
 
+    @property
+    def parity(self) -> int:
+        """Which of the two copies of recurrent states is read next."""
+        return self._current
+
     def advance(self, n_tokens: int) -> None:
         """A pass over ``n_tokens`` has succeeded."""
         self.length += n_tokens
@@ -91,6 +96,5 @@ def _bytes(shape: Shape, kind: str) -> int:
 
 
 def _array(device: Device, shape: Shape, kind: str) -> Any:
-    memory = device.alloc(_bytes(shape, kind))
-    memory[...] = 0  # takes the pages now: memory in use does not grow with the text
+    memory = device.upload(np.zeros(_bytes(shape, kind), np.uint8))  # its pages are taken now, not as the text grows
     return memory.view(KV_TYPES[kind]).reshape(shape)

@@ -114,26 +114,27 @@ class SlotWatch:
     """Makes expert kernels slow and has each check, before and after, that its slot holds the expert it is for."""
 
     def __init__(self, engine, monkeypatch):
-        self.engine, self.wrong, self.seen, self.launched = engine, [], 0, []
-        self.real, self.acquire = OPS["expert"], engine.mover.acquire
-        monkeypatch.setitem(OPS, "expert", self.real._replace(host=self.kernel))
+        self.engine, self.wrong, self.seen, self.layer_of = engine, [], 0, {}
+        self.real, self.acquire = OPS["experts"], engine.mover.acquire
+        monkeypatch.setitem(OPS, "experts", self.real._replace(host=self.kernel))
         monkeypatch.setattr(engine.mover, "acquire", self.note)
 
     def note(self, layer, experts, pinned=(), scores=None):
         held = self.acquire(layer, experts, pinned, scores)
-        self.launched += [(layer, one.expert) for one in held]
+        self.layer_of |= {id(one.matrices["down"]): layer for one in held}
         return held
 
     def kernel(self, split, **buffers):
-        layer, expert = self.launched.pop(0)
-        tensor = self.engine.mover.layout.layers[layer][2]
-        expected = self.engine.file.read(tensor.name, expert * tensor.nbytes, tensor.nbytes)
-        before = np.array_equal(buffers["down"].data, expected)
+        pairs = list(zip(buffers["wanted"].tolist(), buffers["down"], strict=True))
+        before = [self.holds(*pair) for pair in pairs]
         time.sleep(0.002)
         self.real.host(split, **buffers)
-        self.seen += 1
-        if not (before and np.array_equal(buffers["down"].data, expected)):
-            self.wrong.append((layer, expert))
+        self.seen += len(pairs)
+        self.wrong += [e for (e, w), ok in zip(pairs, before, strict=True) if not (ok and self.holds(e, w))]
+
+    def holds(self, expert, down):
+        tensor = self.engine.mover.layout.layers[self.layer_of[id(down)]][2]
+        return np.array_equal(down.data, self.engine.file.read(tensor.name, expert * tensor.nbytes, tensor.nbytes))
 
 
 @pytest.mark.parametrize("slots", [2, 3, 5])
@@ -153,8 +154,8 @@ def test_the_watch_above_catches_missing_waits(model, tokens, monkeypatch, bug):
         engine.logits(tokens)
         watch = SlotWatch(engine, monkeypatch)
         if bug == "loads do not wait for kernels":
-            submit = engine.mover.queue.submit
-            monkeypatch.setattr(engine.mover.queue, "submit", lambda work, urgency, after, name: submit(work, urgency))
+            queue, submit = engine.mover.transport.queue, engine.mover.transport.queue.submit
+            monkeypatch.setattr(queue, "submit", lambda work, urgency, after, name: submit(work, urgency))
         else:
             monkeypatch.setattr(engine.forward.stream, "wait", lambda event, reason: None)
         engine.logits(tokens)

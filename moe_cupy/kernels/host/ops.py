@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +12,9 @@ from moe_cupy.kernels.host import delta, layer, matmul, routing
 from moe_cupy.kernels.matrix import Matrix
 
 Split = Callable[..., None]
-Chosen = tuple[np.ndarray, np.ndarray]  # token indices [n] and ranks [n] of the tokens that chose an expert
 Vector = np.ndarray | None  # None: there is none
 NONE = np.empty(0, np.float32)
+MATRICES = ("gate", "up", "down")
 
 
 def _vector(x: Vector) -> np.ndarray:
@@ -33,7 +34,7 @@ def _multiply(split: Split, x: np.ndarray, w: Matrix, y: np.ndarray, scale: floa
 
 
 def embed(split: Split, table: Matrix, ids: np.ndarray, out: np.ndarray) -> None:
-    """out[t] = table[ids[t]]; ids int64 [T], out [T, D]."""
+    """out[t] = table[ids[t]]; ids int32 [T], out [T, D]."""
     kind, row_bytes = matmul.layout(table)
     split(matmul.embed_rows, len(ids), table.cols, kind, row_bytes, table.data, ids, out)
 
@@ -229,7 +230,7 @@ def route(
     groups: int = 1,
     groups_used: int = 1,
 ) -> None:
-    """Router logits [T, E] -> ids int64 [T, k], best first, and weights [T, k].
+    """Router logits [T, E] -> ids int32 [T, k], best first, and weights [T, k].
 
     ``bias`` [E] steers the selection alone, which is by probability or ``by_logit``, and within the best groups.
     """
@@ -237,36 +238,46 @@ def route(
     routing.route(logits, _vector(bias), rule, np.float32(scale), ids, weights)
 
 
-def expert(
+def experts(
     split: Split,
     x: np.ndarray,
-    chosen: Chosen,
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
-    parts: np.ndarray,
+    ids: np.ndarray,
+    wanted: np.ndarray,
+    gate: Sequence[Matrix],
+    up: Sequence[Matrix],
+    down: Sequence[Matrix],
     *,
+    parts: np.ndarray,
     activation: str = "silu",
     weights: Vector = None,
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, np.ndarray] | None = None,
     biases: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """parts[token, rank] = expert(x[token]) for the chosen (tokens, ranks); x [T, D], parts [T, k, D].
+    """parts[t, r] = expert ids[t, r] of x[t] for those of the experts that are wanted; x [T, D], parts [T, k, D].
 
-    ``weights`` [T, k] multiply what goes in. ``scales`` and ``biases`` hold those of "gate", "up" and "down", if any.
+    ``wanted`` int64 [n] are the experts whose matrices ``gate``, ``up`` and ``down`` [n] are. ``weights`` [T, k]
+    multiply what goes in. ``scales`` and ``biases`` hold those of "gate", "up" and "down", [E] and [E, rows], if any.
     """
-    scales, biases, x = scales or {}, biases or {}, x[chosen[0]]
-    if weights is not None:
-        x *= weights[chosen][:, None]
+    scales, biases = scales or {}, biases or {}
+    for e, *three in zip(wanted.tolist(), gate, up, down, strict=True):
+        chosen = np.nonzero(ids == e)
+        given = x[chosen[0]] if weights is None else x[chosen[0]] * weights[chosen][:, None]
+        factors = {n: float(scales[n][e]) if n in scales else 1.0 for n in MATRICES}
+        own = {n: (factors[n], biases[n][e] if n in biases else None) for n in MATRICES}
+        parts[chosen] = _expert(split, given, dict(zip(MATRICES, three, strict=True)), own, activation)
 
-    def product(name: str, x: np.ndarray, w: Matrix) -> np.ndarray:
-        y = np.empty((len(x), w.rows), np.float32)
-        _multiply(split, x, w, y, scales.get(name, 1.0), biases.get(name))
+
+def _expert(split: Split, x: np.ndarray, three: Any, own: Any, activation: str) -> np.ndarray:
+    """One expert of x [n, D]; ``own`` holds scale and bias of each product."""
+
+    def product(name: str, x: np.ndarray) -> np.ndarray:
+        y = np.empty((len(x), three[name].rows), np.float32)
+        _multiply(split, x, three[name], y, *own[name])
         return y
 
-    g, u = product("gate", x, gate), product("up", x, up)
+    g, u = product("gate", x), product("up", x)
     layer.activate(layer.ACTIVATIONS[activation], g, u)
-    parts[chosen] = product("down", g, down)
+    return product("down", g)
 
 
 def combine(split: Split, parts: np.ndarray, weights: Vector, out: np.ndarray, add: bool = True) -> None:
