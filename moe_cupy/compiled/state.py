@@ -35,7 +35,7 @@ TABLES = [
 BY_LAYER = {"turn": -1, "lowest": -1, "stale": 0, "hidden": 0, "residents": 0}  # array: what it holds at first
 BY_KEY = {
     "last": -LONGEST_REST, "known": -2, "seen": 0, "pinned": 0, "odds": 0.0, "prior": 0.0, "q": 0.0, "later": 0.0,
-    "resident": -1, "place": -1,  # residents of layer l: from l x experts on, as many as residents[l]; where each stands
+    "resident": -1, "place": -1,  # residents of layer l: from l x experts, residents[l] of them; where each is
 }  # fmt: skip
 # uint64 [keys, WORDS]: tokens that used a key; uint64 [tokens, keys / 64]: keys that a token used; int64: a request;
 # int64: how many victims, who
