@@ -268,10 +268,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_gpu_check(command)
-    add_routes(commands)
-    add_replay(commands)
-    add_synth(commands)
-    add_plan(commands)
+    for add in (add_routes, add_replay, add_synth, add_plan):
+        add(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser
