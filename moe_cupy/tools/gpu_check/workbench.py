@@ -31,12 +31,13 @@ class Sizes:
     hidden: int = 2048  # of the route-replay model, 2 GB with the trace of data/
     ffn: int = 3072
     tokens: int = 128  # of it that are decoded
+    shares: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)  # of its routed experts that are resident
     formats: tuple[str, ...] = ()  # of the kernels checked; all if empty
     models: int = 1000  # at most
     least_seconds: float = 0.05  # what is timed is repeated until it takes so long
 
 
-SMALL = Sizes(256, 4, 64, 40, 1 << 16, 1 << 20, 256, 256, 8, ("F16", "Q8_0", "Q4_K"), 1, 0.0)
+SMALL = Sizes(256, 4, 64, 40, 1 << 16, 1 << 20, 256, 256, 4, (0.25,), ("F16", "Q8_0", "Q4_K"), 1, 0.0)
 
 
 class Workbench:
