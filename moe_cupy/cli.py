@@ -219,6 +219,18 @@ def _pair(text: str) -> list[int]:
     return pair
 
 
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    add_engine(bench, threads=_counts)
+    bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
+    bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
+    bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
+    bench.add_argument("-d", "--n-depth", type=_counts, default=[0], help="tokens in the context before, e.g. 0,4096")
+    bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
+    bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
+    bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
+    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
+
+
 def _add_repack(repacked: argparse.ArgumentParser) -> None:
     add_model(repacked)
     repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
@@ -250,16 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")
-    bench = command("bench", cmd_bench, engine=False)
-    add_engine(bench, threads=_counts)
-    bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
-    bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
-    bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
-    bench.add_argument("-d", "--n-depth", type=_counts, default=[0], help="tokens in the context before, e.g. 0,4096")
-    bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
-    bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
-    bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
-    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
+    _add_bench(command("bench", cmd_bench, engine=False))
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")
