@@ -7,12 +7,12 @@ from moe_cupy.device.base import Device, DeviceError
 CHOICES = ("auto", "cuda", "host", "emulated")
 
 
-def open_device(choice: str, threads: int | None = None) -> tuple[Device, str]:
+def open_device(choice: str, threads: int | None = None, act: str = "f32") -> tuple[Device, str]:
     """The device asked for and a sentence that says why it. Raises DeviceError if it cannot be had."""
     if choice == "host":
-        return _host(threads), "host device, as asked"
+        return _host(threads, act), "host device, as asked"
     if choice == "auto":
-        return _host(threads), "auto chose the host device: there is no CUDA device in this version"
+        return _host(threads, act), "auto chose the host device: there is no CUDA device in this version"
     if choice == "cuda":
         raise DeviceError(f"--device cuda: {missing_for_cuda()}")
     if choice == "emulated":
@@ -31,7 +31,7 @@ def missing_for_cuda() -> str:
     return f"there is no CUDA device in this version yet ({found}); use --device host"
 
 
-def _host(threads: int | None) -> Device:
+def _host(threads: int | None, act: str) -> Device:
     from moe_cupy.device.host import HostDevice
 
-    return HostDevice(threads)
+    return HostDevice(threads, act)

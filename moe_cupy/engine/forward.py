@@ -21,25 +21,18 @@ from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
 from moe_cupy.engine.weights import DenseWeights
 from moe_cupy.prefetch import Prefetcher
+from moe_cupy.store import MATRICES
 from moe_ref.attention import softmax, temperature
 from moe_ref.config import ModelConfig
 from moe_ref.model import divisors
 from moe_ref.rope import Rope, scaled_tables
 
-Groups = dict[int, tuple[np.ndarray, np.ndarray]]  # expert -> (token indices, ranks)
 WAIT_EXPERTS = "expert load"
-_ONE = np.zeros(1, np.int64)
 
 
-def group_by_expert(ids: np.ndarray) -> Groups:
-    """ids [T, k] -> the tokens and ranks of each expert; for one token in rank order, else by expert id."""
-    if len(ids) == 1:
-        return {int(e): (_ONE, np.array([r])) for r, e in enumerate(ids[0])}
-    groups: Groups = {}
-    for expert in np.unique(ids):
-        tokens, ranks = np.nonzero(ids == expert)
-        groups[int(expert)] = tokens, ranks
-    return groups
+def distinct(ids: np.ndarray) -> list[int]:
+    """The experts in ids [T, k]; of one token in rank order, else by id."""
+    return ids[0].tolist() if len(ids) == 1 else np.unique(ids).tolist()
 
 
 class Routes(NamedTuple):
@@ -158,7 +151,8 @@ class Forward:
         routed = self.stream.record()
         parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
         given = weights if c.quirks.weigh == "input" else None
-        buffers = {"x": h, "parts": parts, "weights": given, "activation": c.quirks.activation}
+        extra = block.weights.of_experts()
+        buffers = {"x": h, "ids": ids, "parts": parts, "weights": given, "activation": c.quirks.activation, **extra}
         routed.synchronize()  # the routes are on the host now
         if self.observe is not None:
             self.observe(layer, Routes(ids, weights, logits, ahead))
@@ -171,16 +165,17 @@ class Forward:
     def _experts(self, block: Block, routes: Routes, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
         """Launch the experts that were chosen; returns what is beside them, computed while the first are loaded."""
         assert self.mover is not None
-        layer, groups = block.layer.index, group_by_expert(routes.ids)
-        waves = self.mover.waves(layer, list(groups))
+        layer = block.layer.index
+        waves = self.mover.waves(layer, distinct(routes.ids))
         held = self.mover.acquire(layer, waves[0], scores=self._scores(layer, routes))
         others = networks.beside(block, buffers["x"])
         for following in (*waves[1:], None):
             if following is None and expected:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})
-            self._compute(layer, held, groups, buffers)
-            if following is not None:
-                held = self.mover.acquire(layer, following, self._keep(layer, held))
+            kept = self._keep(layer, held)
+            ahead = self.mover.acquire(layer, following, kept) if following is not None and kept else None
+            self._compute(layer, held, buffers)
+            held = self.mover.acquire(layer, following) if following is not None and ahead is None else ahead or []
         return others
 
     def _scores(self, layer: int, routes: Routes) -> Scores | None:
@@ -195,11 +190,15 @@ class Forward:
         assert self.mover is not None
         return {one.key for one in held} if self.mover.cache.pool(layer).slots > 1 else set()
 
-    def _compute(self, layer: int, held: Sequence[Held], groups: Groups, buffers: dict[str, Any]) -> None:
+    def _compute(self, layer: int, held: Sequence[Held], buffers: dict[str, Any]) -> None:
+        """Launch what is here at once, then each of the others when it has come."""
         assert self.mover is not None
-        for one in held:
-            if one.ready is not None:
-                self.stream.wait(one.ready, WAIT_EXPERTS)
-            extra = self.weights.layers[layer].of_expert(one.expert)
-            self._launch("expert", chosen=groups[one.expert], **buffers, **extra, **one.matrices)
+        here = [one for one in held if one.ready is None]
+        for several in ([here] if here else []) + [[one] for one in held if one.ready is not None]:
+            for one in several:
+                if one.ready is not None:
+                    self.stream.wait(one.ready, WAIT_EXPERTS)
+            wanted = np.array([one.expert for one in several])
+            three = {name: [one.matrices[name] for one in several] for name in MATRICES}
+            self._launch("experts", wanted=wanted, **three, **buffers)
         self.mover.used(held, self.stream.record())

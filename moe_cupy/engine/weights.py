@@ -48,12 +48,10 @@ class LayerWeights:
     vectors: dict[str, Any] = field(default_factory=dict)  # float32
     scales: dict[str, np.ndarray] = field(default_factory=dict)  # on the host: experts' [E], layer's [1]
 
-    def of_expert(self, expert: int) -> dict[str, Any]:
-        """Scales and biases of the products of one routed expert, as the op ``expert`` takes them."""
-        if not self.scales and not self.vectors:
-            return {}
-        scales = {m: float(self.scales[stem][expert]) for m, stem in EXPERTS.items() if stem in self.scales}
-        biases = {m: self.vectors[stem][expert] for m, stem in EXPERT_BIASES.items() if stem in self.vectors}
+    def of_experts(self) -> dict[str, Any]:
+        """Scales [E] and biases [E, rows] of the routed experts' products, as the op ``experts`` takes them."""
+        scales = {m: self.scales[stem] for m, stem in EXPERTS.items() if stem in self.scales}
+        biases = {m: self.vectors[stem] for m, stem in EXPERT_BIASES.items() if stem in self.vectors}
         return {"scales": scales, "biases": biases}
 
 

@@ -98,20 +98,24 @@ def heads_case(rng: np.random.Generator, kind: str, cols: int, extra: dict[str, 
     return Case("linear_heads", f"{kind} 2x3x{cols}x5 {list(extra)}", buffers, ("out",), lambda: {"out": error})
 
 
-def expert_case(rng: np.random.Generator, kind: str, width: int, activation: str, full: bool) -> Case:
-    """A routed expert with all three matrices of one type; ``full`` has scales, biases and weights of the input."""
-    three = {name: random_matrix(rng, kind, width, width) for name in ("gate", "up", "down")}
+def experts_case(rng: np.random.Generator, kind: str, width: int, activation: str, full: bool) -> Case:
+    """Two of five routed experts, all matrices of one type; ``full`` has scales, biases and weights of the input."""
+    wanted, ids = np.array([3, 1]), np.argsort(rng.random((4, 5)), axis=1)[:, :3].copy()
+    three = {name: [random_matrix(rng, kind, width, width) for _ in wanted] for name in ("gate", "up", "down")}
     x, weights = normal(rng, 4, width) * 2, np.abs(normal(rng, 4, 3)) if full else None
-    chosen, parts = (np.array([3, 1]), np.array([0, 2])), np.zeros((4, 3, width), np.float32)
-    scales = {"down": 1.5, "up": 0.75} if full else {}
-    biases = {name: normal(rng, width) for name in three} if full else {}
-    given, error = x[chosen[0]], np.zeros(parts.shape)
-    if weights is not None:
-        given = given * weights[chosen][:, None] * (1 + 2 / width)  # a rounding more than the sum's
-    error[chosen] = ffn_error(given, three, activation, scales, biases)
-    buffers = {"x": x, "chosen": chosen, "parts": parts, "activation": activation, "weights": weights, **three}
+    scales = {name: np.exp2(normal(rng, 5)) for name in ("down", "up")} if full else {}
+    biases = {name: normal(rng, 5, width) for name in three} if full else {}
+    parts = np.zeros((4, 3, width), np.float32)
+    error = np.zeros(parts.shape)
+    for i, e in enumerate(wanted):
+        t, r = np.nonzero(ids == e)
+        given = x[t] if weights is None else x[t] * weights[t, r][:, None] * (1 + 2 / width)  # one rounding more
+        own = {n: w[i] for n, w in three.items()}, activation, {n: s[e] for n, s in scales.items()}
+        error[t, r] = ffn_error(given, *own, {n: b[e] for n, b in biases.items()})
+    buffers = {"x": x, "ids": ids, "wanted": wanted, "parts": parts, "activation": activation, "weights": weights}
     label = f"{kind} {activation}{' with all' * full}"
-    return Case("expert", label, buffers | {"scales": scales, "biases": biases}, ("parts",), lambda: {"parts": error})
+    every = buffers | three | {"scales": scales, "biases": biases}
+    return Case("experts", label, every, ("parts",), lambda: {"parts": error})
 
 
 def matrix_cases(rng: np.random.Generator, kind: str) -> Iterator[Case]:
@@ -119,12 +123,12 @@ def matrix_cases(rng: np.random.Generator, kind: str) -> Iterator[Case]:
     block = max(BY_NAME[kind].block_elements, 32)
     yield from linear_cases(rng, kind, 3 * block, 37)
     yield heads_case(rng, kind, block, {})
-    yield expert_case(rng, kind, block, "silu", False)
+    yield experts_case(rng, kind, block, "silu", False)
     if kind == "F32":
         yield heads_case(rng, kind, block, {"scale": np.array([0.5, -2, 3], np.float32), "bias": normal(rng, 3, 5)})
         for activation in ACTIVATIONS:
-            yield expert_case(rng, kind, block, activation, False)
-            yield expert_case(rng, kind, block, activation, True)
+            yield experts_case(rng, kind, block, activation, False)
+            yield experts_case(rng, kind, block, activation, True)
 
 
 def all_cases(formats: tuple[str, ...], seed: int = 0) -> Iterator[Case]:

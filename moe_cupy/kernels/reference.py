@@ -136,15 +136,22 @@ def route(
     ids[...], weights[...] = ref_route(wide(logits), config, bias)
 
 
-def expert(
-    x: np.ndarray, chosen: Any, gate: Matrix, up: Matrix, down: Matrix, parts: np.ndarray, *,
+def experts(
+    x: np.ndarray, ids: np.ndarray, wanted: np.ndarray, gate: Any, up: Any, down: Any, parts: np.ndarray, *,
     activation: str = "silu", weights: Any = None, scales: Any = None, biases: Any = None,
 ) -> None:  # fmt: skip
-    scales, biases, x = scales or {}, biases or {}, wide(x[chosen[0]])
-    if weights is not None:
-        x = x * weights[chosen][:, None]
-    g, u = (product(x, w, scales.get(n, 1.0), biases.get(n)) for n, w in (("gate", gate), ("up", up)))
-    parts[chosen] = product(ACTIVATIONS[activation](g, u), down, scales.get("down", 1.0), biases.get("down"))
+    scales, biases = scales or {}, biases or {}
+
+    def own(y: np.ndarray, name: str, w: Matrix, e: int) -> np.ndarray:
+        return product(y, w, scales[name][e] if name in scales else 1.0, biases[name][e] if name in biases else None)
+
+    for i, e in enumerate(wanted):
+        chosen = np.nonzero(ids == e)
+        given = wide(x[chosen[0]])
+        if weights is not None:
+            given = given * weights[chosen][:, None]
+        g, u = own(given, "gate", gate[i], e), own(given, "up", up[i], e)
+        parts[chosen] = own(ACTIVATIONS[activation](g, u), "down", down[i], e)
 
 
 def combine(parts: np.ndarray, weights: Any, out: np.ndarray, add: bool = True) -> None:

@@ -41,6 +41,6 @@ OPS: dict[str, Op] = {
     "delta_gates": Op(reference.delta_gates, ops.delta_gates),
     "delta_rule": Op(reference.delta_rule, ops.delta_rule),
     "route": Op(reference.route, ops.route),
-    "expert": Op(reference.expert, ops.expert),
+    "experts": Op(reference.experts, ops.experts),
     "combine": Op(reference.combine, ops.combine),
 }

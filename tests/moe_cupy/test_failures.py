@@ -14,6 +14,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from moe_cupy.device.host import HostDevice
 from moe_cupy.engine import Engine
 from moe_cupy.kernels.table import OPS
 from moe_cupy.store import StoreError
@@ -114,31 +115,32 @@ class SlotWatch:
     """Makes expert kernels slow and has each check, before and after, that its slot holds the expert it is for."""
 
     def __init__(self, engine, monkeypatch):
-        self.engine, self.wrong, self.seen, self.launched = engine, [], 0, []
-        self.real, self.acquire = OPS["expert"], engine.mover.acquire
-        monkeypatch.setitem(OPS, "expert", self.real._replace(host=self.kernel))
+        self.engine, self.wrong, self.seen, self.layer_of = engine, [], 0, {}
+        self.real, self.acquire = OPS["experts"], engine.mover.acquire
+        monkeypatch.setitem(OPS, "experts", self.real._replace(host=self.kernel))
         monkeypatch.setattr(engine.mover, "acquire", self.note)
 
     def note(self, layer, experts, pinned=(), scores=None):
         held = self.acquire(layer, experts, pinned, scores)
-        self.launched += [(layer, one.expert) for one in held]
+        self.layer_of |= {id(one.matrices["down"]): layer for one in held}
         return held
 
     def kernel(self, split, **buffers):
-        layer, expert = self.launched.pop(0)
-        tensor = self.engine.mover.layout.layers[layer][2]
-        expected = self.engine.file.read(tensor.name, expert * tensor.nbytes, tensor.nbytes)
-        before = np.array_equal(buffers["down"].data, expected)
+        pairs = list(zip(buffers["wanted"].tolist(), buffers["down"], strict=True))
+        before = [self.holds(*pair) for pair in pairs]
         time.sleep(0.002)
         self.real.host(split, **buffers)
-        self.seen += 1
-        if not (before and np.array_equal(buffers["down"].data, expected)):
-            self.wrong.append((layer, expert))
+        self.seen += len(pairs)
+        self.wrong += [e for (e, w), ok in zip(pairs, before, strict=True) if not (ok and self.holds(e, w))]
+
+    def holds(self, expert, down):
+        tensor = self.engine.mover.layout.layers[self.layer_of[id(down)]][2]
+        return np.array_equal(down.data, self.engine.file.read(tensor.name, expert * tensor.nbytes, tensor.nbytes))
 
 
 @pytest.mark.parametrize("slots", [2, 3, 5])
 def test_a_slot_is_never_overwritten_while_a_launched_kernel_may_read_it(model, tokens, monkeypatch, slots):
-    with Engine(model, cache=f"slots:{slots}", prefetch="next-gate") as engine:
+    with Engine(model, cache=f"slots:{slots}", prefetch="next-gate", _device=HostDevice(2, inline=False)) as engine:
         want = engine.logits(tokens)
         watch = SlotWatch(engine, monkeypatch)
         got = engine.logits(tokens)
@@ -149,7 +151,7 @@ def test_a_slot_is_never_overwritten_while_a_launched_kernel_may_read_it(model, 
 
 @pytest.mark.parametrize("bug", ["loads do not wait for kernels", "kernels do not wait for loads"])
 def test_the_watch_above_catches_missing_waits(model, tokens, monkeypatch, bug):
-    with Engine(model, cache="slots:2") as engine:
+    with Engine(model, cache="slots:2", _device=HostDevice(2, inline=False)) as engine:
         engine.logits(tokens)
         watch = SlotWatch(engine, monkeypatch)
         if bug == "loads do not wait for kernels":

@@ -47,9 +47,20 @@ def add_up_in_half(x: Any, w: Any, out: Any, **_: Any) -> None:
     out[...] = np.add.accumulate(products, axis=-1, dtype=np.float16)[..., -1]
 
 
-def round_between(x: Any, chosen: Any, gate: Any, up: Any, down: Any, parts: Any, **_: Any) -> None:
-    g, u = (x[chosen[0]].astype(np.float64) @ weights(w).T for w in (gate, up))
-    parts[chosen] = (g / (1 + np.exp(-g)) * u).astype(np.float16) @ weights(down).T.astype(np.float64)
+def round_between(x: Any, ids: Any, wanted: Any, gate: Any, up: Any, down: Any, parts: Any, **_: Any) -> None:
+    for i, e in enumerate(wanted):
+        chosen = np.nonzero(ids == e)
+        g, u = (x[chosen[0]].astype(np.float64) @ weights(w[i]).T for w in (gate, up))
+        parts[chosen] = (g / (1 + np.exp(-g)) * u).astype(np.float16) @ weights(down[i]).T.astype(np.float64)
+
+
+def fill_others(ids: Any, wanted: Any, parts: Any, **_: Any) -> None:
+    parts[~np.isin(ids, wanted)] = 1
+
+
+def next_rank(x: Any, parts: Any, **buffers: Any) -> None:
+    ops.experts(ALONE, x=x, parts=parts, **buffers)
+    parts[...] = np.roll(parts, 1, 1)
 
 
 def instead_of_adding(op: str) -> Callable[..., None]:
@@ -166,10 +177,10 @@ MISTAKES: list[tuple[str, str, Callable[..., None]]] = [
     ("route", "logits choose", change("route", by_logit=lambda **_: True)),
     ("route", "softmax instead of all", change("route", gating=lambda **_: "softmax")),
     ("route", "sigmoid instead of all", change("route", gating=lambda **_: "sigmoid")),
-    ("expert", "the scales are forgotten", change("expert", scales=lambda **_: None)),
-    ("expert", "the biases are forgotten", change("expert", biases=lambda **_: None)),
-    ("expert", "the input is not weighed", change("expert", weights=lambda **_: None)),
-    ("expert", "silu instead of all", change("expert", activation=lambda **_: "silu")),
+    ("experts", "the scales are forgotten", change("experts", scales=lambda **_: None)),
+    ("experts", "the biases are forgotten", change("experts", biases=lambda **_: None)),
+    ("experts", "the input is not weighed", change("experts", weights=lambda **_: None)),
+    ("experts", "silu instead of all", change("experts", activation=lambda **_: "silu")),
     ("combine", "the old value is kept", change("combine", add=lambda **_: True)),
     ("rope", "pairs are those of the other style",
      change("rope", style=lambda style, **_: {"neox": "norm", "norm": "neox"}[style])),
@@ -191,11 +202,12 @@ MISTAKES: list[tuple[str, str, Callable[..., None]]] = [
     ("route", "all weights are renormalised", change("route", renormalise=lambda **_: True)),
     ("route", "the scale is forgotten", change("route", scale=lambda **_: 1.0)),
     ("route", "ties go to the higher id", ties_to_the_higher_id),
-    ("expert", "gate and up are exchanged", change("expert", gate=lambda up, **_: up, up=lambda gate, **_: gate)),
-    ("expert", "the middle is rounded to half precision", round_between),
-    ("expert", "the rank is ignored",
-     change("expert", chosen=lambda chosen, **_: (chosen[0], np.zeros_like(chosen[1])))),
-    ("expert", "tokens that did not choose it are written", then("expert", lambda parts, **_: parts[0].fill(1))),
+    ("experts", "gate and up are exchanged", change("experts", gate=lambda up, **_: up, up=lambda gate, **_: gate)),
+    ("experts", "the middle is rounded to half precision", round_between),
+    ("experts", "results go to the next rank", next_rank),
+    ("experts", "experts are exchanged", change("experts", wanted=lambda wanted, **_: wanted[::-1].copy())),
+    ("experts", "only the first is computed", change("experts", wanted=lambda wanted, **_: np.array([wanted[0], 9]))),
+    ("experts", "tokens that did not choose it are written", then("experts", fill_others)),
     ("combine", "the old value is lost", instead_of_adding("combine")),
     ("combine", "the last rank is lost",
      change("combine", parts=lambda parts, **_: np.ascontiguousarray(parts[:, :-1]),

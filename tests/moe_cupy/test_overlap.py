@@ -20,8 +20,8 @@ SHAPE = Shape(layers=L, experts=E, used=K)
 
 
 def device(attention: float, expert: float, read: float) -> VirtualDevice:
-    costs = {"attention": attention, "expert": expert}
-    return VirtualDevice(lambda op, buffers: costs.get(op, 0.0), lambda name: read)
+    costs = {"attention": lambda buffers: attention, "experts": lambda buffers: expert * len(buffers["wanted"])}
+    return VirtualDevice(lambda op, buffers: costs[op](buffers) if op in costs else 0.0, lambda name: read)
 
 
 def decode_time(path: Path, dev: VirtualDevice, token: int = 7, **options) -> float:

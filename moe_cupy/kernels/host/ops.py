@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from moe_cupy.kernels.host import attention as attending
-from moe_cupy.kernels.host import delta, layer, matmul, routing
+from moe_cupy.kernels.host import delta, layer, matmul, products, routing
+from moe_cupy.kernels.host.experts import MATRICES, run_experts
 from moe_cupy.kernels.matrix import Matrix
+from moe_ref.quants.activations import round_for
 
-Split = Callable[..., None]
-Chosen = tuple[np.ndarray, np.ndarray]  # token indices [n] and ranks [n] of the tokens that chose an expert
+
+
+class Split(Protocol):
+    """Splits a kernel's rows over threads; its crew does lists of products."""
+
+    crew: products.Crew
+
+    def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None: ...
+
+
 Vector = np.ndarray | None  # None: there is none
 NONE = np.empty(0, np.float32)
 
@@ -23,9 +34,17 @@ def _vector(x: Vector) -> np.ndarray:
 # Matrices
 
 
+def _rounded(split: Split, x: np.ndarray, w: Matrix) -> np.ndarray:
+    return round_for(x, w.type) if split.crew.act == "q8" else x
+
+
 def _multiply(split: Split, x: np.ndarray, w: Matrix, y: np.ndarray, scale: float = 1.0, bias: Vector = None) -> None:
-    kind, row_bytes = matmul.layout(w)
-    split(matmul.matmul_rows, w.rows, w.cols * len(x), kind, row_bytes, w.data, x, y)
+    if products.takes(w, split.crew.act):
+        products.multiply(split.crew, x, w, y)
+    else:
+        kind, row_bytes = matmul.layout(w)
+        x = _rounded(split, x, w)
+        split(matmul.matmul_rows, w.rows, w.cols * len(x), kind, row_bytes, w.data, x, y)
     if scale != 1.0:
         y *= np.float32(scale)
     if bias is not None:
@@ -62,7 +81,11 @@ def linear_heads(
     w holds the H matrices one below the other.
     """
     rows = w.rows // x.shape[1]
-    split(matmul.matmul_heads, w.rows, w.cols * len(x), matmul.layout(w), (rows, w.cols), w.data, x, out)
+    if products.takes(w, split.crew.act):
+        products.multiply_stack(split.crew, x, w, out)
+    else:
+        given = _rounded(split, np.ascontiguousarray(x[..., : w.cols]), w)
+        split(matmul.matmul_heads, w.rows, w.cols * len(x), matmul.layout(w), (rows, w.cols), w.data, given, out)
     if np.size(scale) > 1 or scale != 1.0:
         out[..., :rows] *= np.reshape(scale, (-1, 1)).astype(np.float32)
     if bias is not None:
@@ -237,36 +260,49 @@ def route(
     routing.route(logits, _vector(bias), rule, np.float32(scale), ids, weights)
 
 
-def expert(
+def experts(
     split: Split,
     x: np.ndarray,
-    chosen: Chosen,
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
+    ids: np.ndarray,
+    wanted: np.ndarray,
+    gate: Sequence[Matrix],
+    up: Sequence[Matrix],
+    down: Sequence[Matrix],
     parts: np.ndarray,
     *,
     activation: str = "silu",
     weights: Vector = None,
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, np.ndarray] | None = None,
     biases: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """parts[token, rank] = expert(x[token]) for the chosen (tokens, ranks); x [T, D], parts [T, k, D].
+    """parts[t, r] = expert ids[t, r] of x[t] for those of the experts that are wanted; x [T, D], parts [T, k, D].
 
-    ``weights`` [T, k] multiply what goes in. ``scales`` and ``biases`` hold those of "gate", "up" and "down", if any.
+    ``wanted`` int64 [n] are the experts whose matrices ``gate``, ``up`` and ``down`` [n] are. ``weights`` [T, k]
+    multiply what goes in. ``scales`` and ``biases`` hold those of "gate", "up" and "down", [E] and [E, rows], if any.
     """
-    scales, biases, x = scales or {}, biases or {}, x[chosen[0]]
-    if weights is not None:
-        x *= weights[chosen][:, None]
+    scales, biases = scales or {}, biases or {}
+    if all(products.takes(several[0], split.crew.act) for several in (gate, up, down)):
+        three = gate, up, down
+        run_experts(split.crew, x, (ids, wanted, three), (activation, weights, scales, biases), parts)
+        return
+    for e, *own_three in zip(wanted.tolist(), gate, up, down, strict=True):
+        chosen = np.nonzero(ids == e)
+        given = x[chosen[0]] if weights is None else x[chosen[0]] * weights[chosen][:, None]
+        own = {n: (float(scales[n][e]) if n in scales else 1.0, biases[n][e] if n in biases else None) for n in MATRICES}
+        parts[chosen] = _expert(split, given, dict(zip(MATRICES, own_three, strict=True)), own, activation)
 
-    def product(name: str, x: np.ndarray, w: Matrix) -> np.ndarray:
-        y = np.empty((len(x), w.rows), np.float32)
-        _multiply(split, x, w, y, scales.get(name, 1.0), biases.get(name))
+
+def _expert(split: Split, x: np.ndarray, three: Any, own: Any, activation: str) -> np.ndarray:
+    """One expert of x [n, D]; ``own`` holds scale and bias of each product."""
+
+    def product(name: str, x: np.ndarray) -> np.ndarray:
+        y = np.empty((len(x), three[name].rows), np.float32)
+        _multiply(split, x, three[name], y, *own[name])
         return y
 
-    g, u = product("gate", x, gate), product("up", x, up)
+    g, u = product("gate", x), product("up", x)
     layer.activate(layer.ACTIVATIONS[activation], g, u)
-    parts[chosen] = product("down", g, down)
+    return product("down", g)
 
 
 def combine(split: Split, parts: np.ndarray, weights: Vector, out: np.ndarray, add: bool = True) -> None:

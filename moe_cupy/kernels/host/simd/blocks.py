@@ -26,6 +26,19 @@ class Block:
 BlockDecoder = Callable[[Code, Portable, Value], Block]
 
 
+def _fifth_bits(code: Code, at: Value) -> Value:
+    """32 bits -> 32 bytes, 16 where the bit is set: byte i looks at bit i % 8 of byte i / 8."""
+    bits = code.pick(code.read(vector(I8, 4), at), [i // 8 for i in range(32)])
+    own = code.and_(bits, constant(BYTES, [1 << i % 8 for i in range(32)]))
+    return code.select(code.icmp_unsigned("!=", own, constant(BYTES, 0)), constant(BYTES, 16), constant(BYTES, 0))
+
+
+def _nibbles(code: Code, at: Value) -> Value:
+    """32 bytes: the low, then the high nibbles of 16."""
+    packed = code.read(vector(I8, 16), at)
+    return code.pick(code.mask(packed, 15), range(32), code.right(packed, 4))
+
+
 def q8_0(code: Code, isa: Portable, at: Value) -> Block:
     """byte 0 d, 2 signed bytes."""
     return Block(isa.half(code, code.read(I16, at)), code.read(BYTES, at, 2))
@@ -39,8 +52,19 @@ def q4_0(code: Code, isa: Portable, at: Value) -> Block:
 def q4_1(code: Code, isa: Portable, at: Value) -> Block:
     """byte 0 d, 2 base, 4 nibbles."""
     d, base = (isa.half(code, code.read(I16, at, offset)) for offset in (0, 2))
-    packed = code.read(vector(I8, 16), at, 4)
-    return Block(d, code.pick(code.mask(packed, 15), range(32), code.right(packed, 4)), base)
+    return Block(d, _nibbles(code, code.at(at, 4)), base)
+
+
+def q5_0(code: Code, isa: Portable, at: Value) -> Block:
+    """byte 0 d, 2 fifth bits, 6 nibbles; less 16."""
+    codes = code.or_(_nibbles(code, code.at(at, 6)), _fifth_bits(code, code.at(at, 2)))
+    return Block(isa.half(code, code.read(I16, at)), code.sub(codes, constant(BYTES, 16)))
+
+
+def q5_1(code: Code, isa: Portable, at: Value) -> Block:
+    """byte 0 d, 2 base, 4 fifth bits, 8 nibbles."""
+    d, base = (isa.half(code, code.read(I16, at, offset)) for offset in (0, 2))
+    return Block(d, code.or_(_nibbles(code, code.at(at, 8)), _fifth_bits(code, code.at(at, 4))), base)
 
 
 def iq4_nl(code: Code, isa: Portable, at: Value) -> Block:
@@ -57,7 +81,9 @@ def mxfp4(code: Code, isa: Portable, at: Value) -> Block:
     return Block(code.bitcast(bits, F32), table_codes(code, isa, FP4_VALUES, code.at(at, 1)))
 
 
-BLOCKS: dict[str, BlockDecoder] = {"Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1, "IQ4_NL": iq4_nl, "MXFP4": mxfp4}
+BLOCKS: dict[str, BlockDecoder] = {
+    "Q8_0": q8_0, "Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "IQ4_NL": iq4_nl, "MXFP4": mxfp4,
+}  # fmt: skip
 
 
 def f32(code: Code, isa: Portable, at: Value) -> Value:

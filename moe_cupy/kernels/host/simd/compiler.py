@@ -55,6 +55,7 @@ def _store(name: str, code: bytes) -> None:
 def _machine(cpu: str, features: str) -> binding.TargetMachine:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
+    binding.initialize_native_asmparser()
     target = binding.Target.from_default_triple()
     return target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
 

@@ -100,7 +100,12 @@ class Avx2(Portable):
         return code.call_llvm("llvm.x86.avx2.psign.b", BYTES, x, v)
 
     def half(self, code: Code, bits: Value) -> Value:
-        return code.fpext(code.bitcast(bits, like(bits, F16)), like(bits, F32))
+        if isinstance(bits.type, ir.VectorType):
+            return code.fpext(code.bitcast(bits, like(bits, F16)), like(bits, F32))
+        # Left to itself the compiler inserts a single one into a register that holds something else, for which it then
+        # has to wait: if that is the running sum, a whole block's latency. vmovd writes all of its register.
+        convert = ir.InlineAsm(ir.FunctionType(F32, [I32]), "vmovd $1, $0; vcvtph2ps $0, $0", "=x,r")
+        return code.call(convert, [code.zext(bits, I32)])
 
     def look_up(self, code: Code, table: tuple[int, ...], index: Value) -> Value:
         return code.call_llvm("llvm.x86.avx2.pshuf.b", BYTES, constant(BYTES, table * 2), index)

@@ -9,6 +9,8 @@ The vectors come as a *panel*: for each block, what column 0 has there, then col
     values   int8 [blocks, columns, 256 or 32], float32 [blocks, columns, 32] for unquantized weights
     steps    float32 [blocks, columns]
     sums     Q8_K: int16 [blocks, columns, 16], of 16 values each; Q8_1: float32 [blocks, columns], of all times the step
+
+Results go to ``columns`` addresses, each plus ``offset`` and four bytes a row.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 
 from moe_cupy.kernels.host.simd.blocks import BLOCKS, FLOATS
-from moe_cupy.kernels.host.simd.code import F32, Code, Value, constant, function, vector
+from moe_cupy.kernels.host.simd.code import F32, I8, I32, I64, Code, Value, constant, function, vector
 from moe_cupy.kernels.host.simd.isa import BYTES, LONGS, WORDS, Portable
 from moe_cupy.kernels.host.simd.superblocks import SUPER_BLOCKS
 from moe_ref.quants import BY_NAME
 
 LANES = vector(F32, 8)
-ARGUMENTS = ("w", "row_bytes", "blocks", "values", "steps", "sums", "y", "y_stride", "rows")  # strides in bytes
-Add = Callable[[Code, Value, Sequence[Value], Sequence[Value]], None]  # block's address, panel's addresses, sums' places
+AHEAD = 2048  # bytes of weights that are asked for before they are needed
+ARGUMENTS = ("w", "row_bytes", "blocks", "values", "steps", "sums", "results", "offset", "rows")
+Add = Callable[[Code, Value, Sequence[Value], Sequence[Value]], None]  # block, parts of the panel, places of the sums
 FORMATS = (*SUPER_BLOCKS, *BLOCKS, *FLOATS)
 
 
@@ -39,6 +42,7 @@ def super_block(kind: str, isa: Portable) -> Add:
 
     def add(code: Code, at: Value, panel: Sequence[Value], sums: Sequence[Value]) -> None:
         block, (values, steps, group_sums) = SUPER_BLOCKS[kind](code, isa, at), panel
+        ask_ahead(code, at, BY_NAME[kind].block_bytes)
         totals = [constant(LONGS, 0) for _ in sums]
         for part in range(8):
             codes, scales = block.codes(part), _part_scales(code, block.scales, part)
@@ -63,6 +67,13 @@ def super_block(kind: str, isa: Portable) -> Add:
     return add
 
 
+def ask_ahead(code: Code, at: Value, size: int) -> None:
+    """Ask for the cache lines of a block ``AHEAD`` bytes on; beyond the end of memory nothing happens."""
+    for offset in range(0, size, 64):
+        place = code.inttoptr(code.at(at, AHEAD + offset), ir.PointerType(I8))
+        code.call_llvm("llvm.prefetch.p0", ir.VoidType(), place, *(constant(I32, number) for number in (0, 3, 1)))
+
+
 def small_block(kind: str, isa: Portable) -> Add:
     """Add the products of 32 weights with each column."""
 
@@ -77,7 +88,7 @@ def small_block(kind: str, isa: Portable) -> Add:
             result = code.multiply_add(code.float_of(isa.fours(code, size, x)), factor, code.load(place))
             if not signed:  # into the first lane, as all that is left of the block
                 base = code.fmul(block.base, code.read(F32, block_sums, 4 * c))
-                result = code.fadd(result, code.insert_element(constant(LANES, 0), base, ir.Constant(ir.IntType(32), 0)))
+                result = code.fadd(result, code.insert_element(constant(LANES, 0), base, constant(I32, 0)))
             code.store(result, place)
 
     return add
@@ -106,13 +117,13 @@ def block_sizes(kind: str) -> tuple[int, tuple[int, int, int]]:
 
 
 def row_kernel(kind: str, isa: Portable, columns: int) -> str:
-    """LLVM text of the function ``rows`` (``ARGUMENTS``): y[c, r] = W[r] . x[c] for ``rows`` rows from ``w`` on."""
+    """LLVM text of ``rows`` (``ARGUMENTS``): result[c][r] = W[r] . x[c] for ``rows`` rows from ``w`` on."""
     builder = super_block if kind in SUPER_BLOCKS else small_block if kind in BLOCKS else float_block
     add, (block_bytes, sizes) = builder(kind, isa), block_sizes(kind)
 
     def body(code: Code, arguments: Sequence[Value]) -> None:
-        w, row_bytes, blocks, *panel, y, y_stride, rows = arguments
-        row, out = code.variable(w), code.variable(y)
+        w, row_bytes, blocks, *panel, results, offset, rows = arguments
+        row, out = code.variable(w), code.variable(offset)
         sums = [code.variable(constant(LANES, 0)) for _ in range(columns)]
         moving = [code.variable(w), *(code.variable(part) for part in panel)]
         with code.loop(rows):
@@ -126,8 +137,7 @@ def row_kernel(kind: str, isa: Portable, columns: int) -> str:
                 for place, size in zip(moving, (block_bytes, *(columns * size for size in sizes)), strict=True):
                     code.advance(place, size)
             for c, place in enumerate(sums):
-                column = code.at(code.load(out), code.mul(y_stride, code.number(c)))
-                code.write(code.total(code.load(place)), column)
+                code.write(code.total(code.load(place)), code.read(I64, results, 8 * c), code.load(out))
             code.advance(row, row_bytes)
             code.advance(out, 4)
 
