@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moe_cupy.device.base import Device, DeviceError
 
 CHOICES = ("auto", "cuda", "host", "emulated")
@@ -10,9 +12,10 @@ CHOICES = ("auto", "cuda", "host", "emulated")
 def open_device(choice: str, threads: int | None = None, act: str = "f32") -> tuple[Device, str]:
     """The device asked for and a sentence that says why it. Raises DeviceError if it cannot be had."""
     if choice == "host":
-        return _host(threads, act), "host device, as asked"
+        return (device := _host(threads, act)), f"host device, as asked: {device.how}"
     if choice == "auto":
-        return _host(threads, act), "auto chose the host device: there is no CUDA device in this version"
+        device = _host(threads, act)
+        return device, f"auto chose the host device, as there is no CUDA device in this version: {device.how}"
     if choice == "cuda":
         raise DeviceError(f"--device cuda: {missing_for_cuda()}")
     if choice == "emulated":
@@ -31,7 +34,7 @@ def missing_for_cuda() -> str:
     return f"there is no CUDA device in this version yet ({found}); use --device host"
 
 
-def _host(threads: int | None, act: str) -> Device:
+def _host(threads: int | None, act: str) -> Any:
     from moe_cupy.device.host import HostDevice
 
     return HostDevice(threads, act)

@@ -16,6 +16,7 @@ from moe_cupy.device.crew import Crew
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.device.threads import InlineStream, ThreadQueue, ThreadStream
 from moe_cupy.kernels.host.matmul import SUPPORTED
+from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.table import OPS
 
 SPLIT_WORK = 1 << 17  # multiply-adds below which a second thread costs more than it brings (about 30 us)
@@ -46,6 +47,7 @@ class RowSplitter:
 
     def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None:
         """kernel(*args, first, last) over 0..rows, in one piece if the work is small."""
+
         def piece(first: int, last: int) -> None:
             while first < last and not self.cancelled:
                 until = min(last, first + step)
@@ -73,7 +75,8 @@ class RowSplitter:
 class HostDevice:
     """Runs everything on this machine's cores. ``threads`` is llama.cpp's ``-t``.
 
-    ``act`` "q8" rounds activations to 8 bits where they meet quantized weights, as llama.cpp does; "f32" does not. Not ``inline``: the stream "compute" is a thread too, as on a GPU.
+    ``act`` "q8" rounds activations to 8 bits where they meet quantized weights, as llama.cpp does; "f32" does not.
+    Not ``inline``: the stream "compute" is a thread too, as on a GPU.
     """
 
     name = "host"
@@ -84,6 +87,12 @@ class HostDevice:
         self.split = RowSplitter(self.threads, act)
         self._streams: dict[str, ThreadStream | InlineStream] = {}
         self._queues: list[ThreadQueue] = []
+
+    @property
+    def how(self) -> str:
+        """How it computes, for the report."""
+        rounded = f"rounded to 8 bits ({chosen().name} instructions)" if self.act == "q8" else "exact (float32)"
+        return f"{self.threads} thread{'s' * (self.threads > 1)}, activations {rounded}"
 
     def alloc(self, nbytes: int) -> np.ndarray:
         """Uninitialised uint8 [nbytes], page-aligned; pages count against memory when first touched."""

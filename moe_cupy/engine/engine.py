@@ -52,7 +52,7 @@ class Options:
     cache_type_v: str = "f32"
     direct_io: bool = True
     reads_in_flight: int = 4
-    act: str = "f32"  # activations where they meet quantized weights: exact, or rounded to 8 bits ("q8", several times faster)
+    act: str = "f32"  # of activations that meet a quantized matrix; "q8" rounds them to 8 bits, several times faster
     progress: bool = False  # show on stderr how far loading is
 
     def __post_init__(self) -> None:

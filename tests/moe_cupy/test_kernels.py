@@ -150,11 +150,12 @@ def test_other_ops_give_a_token_the_same_bits_alone_and_among_others(monkeypatch
     mixed, parts = np.empty((7, 6, 24), np.float32), np.zeros((7, 2, 32), np.float32)
     ops.attention(split, q, k, v, 23, 0.1, mixed)
     ids, wanted = np.tile([3, 5], (7, 1)), np.array([5])
-    ops.experts(split, x, ids, wanted, [gate], [up], [down], parts)
+    three = {"gate": [gate], "up": [up], "down": [down]}
+    ops.experts(split, x, ids, wanted, parts=parts, **three)
     for t in range(7):
         alone, part = np.empty((1, 6, 24), np.float32), np.zeros((1, 2, 32), np.float32)
         ops.attention(ALONE, q[t : t + 1], k, v, 23 + t, 0.1, alone)
-        ops.experts(ALONE, x[t : t + 1], ids[:1], wanted, [gate], [up], [down], part)
+        ops.experts(ALONE, x[t : t + 1], ids[:1], wanted, parts=part, **three)
         same_bits(alone[0], mixed[t], f"attention, token {t}")
         same_bits(part[0], parts[t], f"experts, token {t}")
     split.close()

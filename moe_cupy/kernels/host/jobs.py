@@ -1,7 +1,7 @@
 """Products as a list of jobs that threads share, without a lock and without the interpreter.
 
-A job is a matrix times a panel of rounded vectors (``simd/rows.py``), a row of whole numbers (``JOB``). Its rows are cut
-into pieces. The pieces of all jobs of a list are counted through, and whoever is free takes the next number:
+A job is a matrix times a panel of rounded vectors (``simd/rows.py``), as ``JOB`` whole numbers. Its rows are cut into
+pieces. The pieces of all jobs of a list are counted through, and whoever is free takes the next number:
 
     NEXT = generation << 40 | pieces << 20 | next piece        taken by adding 1: one number has one taker
     DONE = pieces finished                                     the list is done when all are

@@ -13,6 +13,8 @@ from moe_cupy.kernels.host.experts import MATRICES, run_experts
 from moe_cupy.kernels.matrix import Matrix
 from moe_ref.quants.activations import round_for
 
+Vector = np.ndarray | None  # None: there is none
+NONE = np.empty(0, np.float32)
 
 
 class Split(Protocol):
@@ -21,10 +23,6 @@ class Split(Protocol):
     crew: products.Crew
 
     def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None: ...
-
-
-Vector = np.ndarray | None  # None: there is none
-NONE = np.empty(0, np.float32)
 
 
 def _vector(x: Vector) -> np.ndarray:
@@ -57,9 +55,7 @@ def embed(split: Split, table: Matrix, ids: np.ndarray, out: np.ndarray) -> None
     split(matmul.embed_rows, len(ids), table.cols, kind, row_bytes, table.data, ids, out)
 
 
-def linear(
-    split: Split, x: np.ndarray, w: Matrix, out: np.ndarray, scale: float = 1.0, bias: Vector = None
-) -> None:
+def linear(split: Split, x: np.ndarray, w: Matrix, out: np.ndarray, scale: float = 1.0, bias: Vector = None) -> None:
     """out = scale * x W^T + bias; x [T, cols], bias [rows], out [T, rows]."""
     _multiply(split, x, w, out, scale, bias)
 
@@ -265,11 +261,11 @@ def experts(
     x: np.ndarray,
     ids: np.ndarray,
     wanted: np.ndarray,
+    *,
     gate: Sequence[Matrix],
     up: Sequence[Matrix],
     down: Sequence[Matrix],
     parts: np.ndarray,
-    *,
     activation: str = "silu",
     weights: Vector = None,
     scales: Mapping[str, np.ndarray] | None = None,
@@ -288,7 +284,7 @@ def experts(
     for e, *own_three in zip(wanted.tolist(), gate, up, down, strict=True):
         chosen = np.nonzero(ids == e)
         given = x[chosen[0]] if weights is None else x[chosen[0]] * weights[chosen][:, None]
-        own = {n: (float(scales[n][e]) if n in scales else 1.0, biases[n][e] if n in biases else None) for n in MATRICES}
+        own = {n: (float(scales[n][e]) if n in scales else 1.0, biases[n][e] if biases else None) for n in MATRICES}
         parts[chosen] = _expert(split, given, dict(zip(MATRICES, own_three, strict=True)), own, activation)
 
 

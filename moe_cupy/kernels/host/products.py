@@ -17,6 +17,7 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_ref.quants import BY_NAME
 from moe_ref.quants.activations import DOT_TYPES
 
+
 class Crew(Protocol):
     """Who does the jobs: ``moe_cupy.device.crew``."""
 
@@ -35,7 +36,7 @@ def takes(w: Matrix, act: str) -> bool:
 @lru_cache(1024)
 def template(kind: str, rows: int, cols: int, act: str) -> np.ndarray:
     """A job int64 [JOB] but for its addresses and vectors. Compiles the kernels at first use."""
-    job, (block_bytes, sizes) = np.zeros(j.JOB, np.int64), block_sizes(kind)
+    job, (_, sizes) = np.zeros(j.JOB, np.int64), block_sizes(kind)
     block = max(32, BY_NAME[kind].block_elements)
     for size in range(chosen().columns.bit_length()):
         job[j.KERNEL + size] = rows_address(kind, 1 << size)

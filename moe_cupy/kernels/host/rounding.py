@@ -163,7 +163,7 @@ def round_rows(kind, x, cols, order, most, panel, at):
 @njit
 def new_panel(kind, tokens, cols):
     """Memory for ``tokens`` vectors rounded to ``kind``."""
-    whole = tokens * cols if kind == Q8_0 or kind == Q8_K else 0
+    whole = tokens * cols if kind in (Q8_0, Q8_K) else 0
     blocks = whole // 256 if kind == Q8_K else whole // 32
     return (
         np.empty(whole, np.int8), np.empty(tokens * cols - whole, np.float32), np.empty(blocks, np.float32),

@@ -65,6 +65,10 @@ class Code(ir.IRBuilder):
         other = ir.Constant(v.type, ir.Undefined) if other is None else other
         return self.shuffle_vector(v, other, ir.Constant(vector(I32, len(lanes)), list(lanes)))
 
+    def join(self, parts: Sequence[Value]) -> Value:
+        """One or two vectors as one."""
+        return self.pick(parts[0], range(2 * parts[0].type.count), parts[1]) if len(parts) > 1 else parts[0]
+
     def splat(self, value: Value, count: int) -> Value:
         """A vector of equal values."""
         empty = ir.Constant(vector(value.type, count), ir.Undefined)
@@ -88,6 +92,10 @@ class Code(ir.IRBuilder):
     def float_of(self, v: Value) -> Value:
         """Whole numbers int32 -> float32."""
         return self.sitofp(v, like(v, F32))
+
+    def folded(self, v: Value) -> Value:
+        """int32 [8] or [16] -> [8]: the upper half added to the lower."""
+        return self.add(self.pick(v, range(8)), self.pick(v, range(8, 16))) if v.type.count > 8 else v
 
     def total(self, v: Value) -> Value:
         """The sum of a vector's lanes: the upper half is added to the lower until one is left."""

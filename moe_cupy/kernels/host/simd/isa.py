@@ -39,6 +39,7 @@ class Portable:
     name: str = "portable"
     cpu: str = ""
     features: str = ""
+    wide: int = 1  # vectors of 32 bytes that are taken as one where the format allows it
     columns: int = 4  # most vectors that a row is multiplied with at a time: as many as registers hold
 
     def pairs(self, code: Code, codes: Value, x: Value) -> Value:
@@ -117,11 +118,17 @@ class Avx512(Avx2):
 
     name: str = "avx512"
     cpu: str = "x86-64-v4"
-    features: str = "+avx512vnni,+prefer-256-bit"
+    features: str = "+avx512vnni"
+    wide: int = 2
     columns: int = 8
 
+    def pairs(self, code: Code, codes: Value, x: Value) -> Value:
+        if codes.type.count == 32:
+            return super().pairs(code, codes, x)
+        return code.call_llvm("llvm.x86.avx512.pmaddubs.w.512", vector(I16, 32), codes, x)
+
     def scaled(self, code: Code, total: Value, pairs: Value, scales: Value) -> Value:
-        return code.call_llvm("llvm.x86.avx512.vpdpwssd.256", LONGS, total, pairs, scales)
+        return code.call_llvm(f"llvm.x86.avx512.vpdpwssd.{16 * pairs.type.count}", total.type, total, pairs, scales)
 
     def fours(self, code: Code, codes: Value, x: Value) -> Value:
         return code.call_llvm("llvm.x86.avx512.vpdpbusd.256", LONGS, constant(LONGS, 0), codes, x)

@@ -8,7 +8,7 @@ The vectors come as a *panel*: for each block, what column 0 has there, then col
 
     values   int8 [blocks, columns, 256 or 32], float32 [blocks, columns, 32] for unquantized weights
     steps    float32 [blocks, columns]
-    sums     Q8_K: int16 [blocks, columns, 16], of 16 values each; Q8_1: float32 [blocks, columns], of all times the step
+    sums     Q8_K: int16 [blocks, columns, 16], of 16 values each; Q8_1: float32 [blocks, columns], step * sum of values
 
 Results go to ``columns`` addresses, each plus ``offset`` and four bytes a row.
 """
@@ -32,9 +32,9 @@ Add = Callable[[Code, Value, Sequence[Value], Sequence[Value]], None]  # block, 
 FORMATS = (*SUPER_BLOCKS, *BLOCKS, *FLOATS)
 
 
-def _part_scales(code: Code, scales: Value, part: int) -> Value:
-    """int16 [16] scales of 16 weights -> [16]: that of the first 16 weights of 32 eight times, then the other."""
-    return code.pick(scales, [2 * part] * 8 + [2 * part + 1] * 8)
+def _part_scales(code: Code, scales: Value, parts: range) -> Value:
+    """int16 [16] scales of 16 weights -> for each part that of its first 16 weights eight times, then the other."""
+    return code.pick(scales, [2 * part + half for part in parts for half in (0, 1) for _ in range(8)])
 
 
 def super_block(kind: str, isa: Portable) -> Add:
@@ -43,15 +43,18 @@ def super_block(kind: str, isa: Portable) -> Add:
     def add(code: Code, at: Value, panel: Sequence[Value], sums: Sequence[Value]) -> None:
         block, (values, steps, group_sums) = SUPER_BLOCKS[kind](code, isa, at), panel
         ask_ahead(code, at, BY_NAME[kind].block_bytes)
-        totals = [constant(LONGS, 0) for _ in sums]
-        for part in range(8):
-            codes, scales = block.codes(part), _part_scales(code, block.scales, part)
+        wide = 1 if block.signed else isa.wide
+        totals = [constant(vector(I32, 8 * wide), 0) for _ in sums]
+        for part in range(0, 8, wide):
+            parts = range(part, part + wide)
+            codes, scales = code.join([block.codes(i) for i in parts]), _part_scales(code, block.scales, parts)
             size = isa.sizes(code, codes) if block.signed else codes
             for c in range(len(sums)):
-                x = code.read(BYTES, values, 256 * c + 32 * part)
+                x = code.read(codes.type, values, 256 * c + 32 * part)
                 x = isa.signed_by(code, x, codes) if block.signed else x
                 totals[c] = isa.scaled(code, totals[c], isa.pairs(code, size, x), scales)
         for c, place in enumerate(sums):
+            totals[c] = code.folded(totals[c])
             step = code.read(F32, steps, 4 * c)
             floors = block.floors if block.floors is not None else block.scales
             low = isa.scaled(code, constant(LONGS, 0), code.read(WORDS, group_sums, 32 * c), floors)

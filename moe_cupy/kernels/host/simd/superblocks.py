@@ -45,23 +45,26 @@ def _bytes(code: Code, words: Sequence[Value]) -> Value:
     return code.bitcast(whole, vector(I8, 4 * len(words)))
 
 
-def _doubled(code: Code, v: Value) -> Value:
-    """[8] -> [16], each twice: scales of 32 weights as scales of 16."""
-    return code.pick(v, [i // 2 for i in range(16)])
+def _doubled(code: Code, v: Value, first: int = 0) -> Value:
+    """Eight values from ``first`` on -> [16], each twice: scales of 32 weights as scales of 16."""
+    return code.pick(v, [first + i // 2 for i in range(16)])
 
 
 def _scales_and_floors(code: Code, at: Value) -> tuple[Value, Value]:
-    """The 12 bytes of Q4_K and Q5_K: 8 scales and 8 floors of 6 bits (``moe_ref.quants.k.unpack_scales``)."""
-    first, second, third = (code.read(I32, at, 4 * i) for i in range(3))
+    """The 12 bytes of Q4_K and Q5_K: 8 scales and 8 floors of 6 bits (``moe_ref.quants.k.unpack_scales``).
 
-    def high(nibbles: Value, top: Value) -> Value:
-        """Four low bits of four bytes, and above them the top two bits of four other bytes."""
-        return code.or_(code.mask(nibbles, LOW_4_BITS), code.left(code.mask(code.right(top, 6), LOW_2_BITS), 4))
+    As four 32-bit words, the last of which is not ours::
 
-    scales = _bytes(code, [code.mask(first, LOW_6_BITS), high(third, first)])
-    floors = _bytes(code, [code.mask(second, LOW_6_BITS), high(code.right(third, 4), second)])
-    wide = vector(I16, 8)
-    return _doubled(code, code.zext(scales, wide)), _doubled(code, code.zext(floors, wide))
+        v       HHssssss of scales 0..3 | HHmmmmmm of floors 0..3 | mmmmssss of both 4..7 | …
+        low     ssssss 0..3             | mmmmmm 0..3
+        high    HHssss 4..7             | HHmmmm 4..7               from the third word, shifted by 0 and 4
+    """
+    v = code.read(vector(I32, 4), at)
+    low, top = code.mask(v, LOW_6_BITS), code.mask(code.right(v, 2), 0x30303030)
+    nibbles = code.mask(code.lshr(code.pick(v, [2] * 4), constant(vector(I32, 4), [0, 4, 0, 0])), LOW_4_BITS)
+    all_words = code.pick(low, [0, 4, 1, 5], code.or_(nibbles, top))  # scales 0..3, 4..7, floors 0..3, 4..7
+    wide = code.zext(code.bitcast(all_words, vector(I8, 16)), vector(I16, 16))
+    return _doubled(code, wide), _doubled(code, wide, 8)
 
 
 def _nibbles(code: Code, at: Value, part: int) -> Value:
