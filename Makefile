@@ -6,7 +6,7 @@ BENCH_ARGS ?= -p 64 -n 32 -r 3 -o md
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint oracle cuda-gates notebooks bench clean
+.PHONY: help demo test test-all lint oracle cuda-gates gpu-check notebooks bench clean
 
 help: ## this list
 	@echo "make TARGET; each one sets up .venv by itself when it has to:"
@@ -30,6 +30,9 @@ oracle: ## the reference against llama.cpp and transformers, file by file; write
 
 cuda-gates: ## compile the CUDA kernels for seven architectures, no GPU needed; compares docs/kernels.md
 	@sh scripts/cuda_gates.sh
+
+gpu-check: ## on a machine with a GPU: kernels, models, copies, rates; writes gpu-check.json and .md, under 8 minutes
+	@sh scripts/gpu_check.sh $(GPU_CHECK_ARGS)
 
 notebooks: ## open the course in JupyterLab
 	@sh scripts/notebooks.sh

@@ -21,10 +21,10 @@ from moe_cupy.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "data" / "moe-40m-Q4_K_M.gguf"
-COSTS = {"attention": 2.0, "expert": 1.5}
+COSTS = {"attention": 2.0, "experts": 1.5}
 READ = 2.5
 LAYERS_SHOWN = 3
-COLOURS = {"attention": "#4878a8", "expert": "#e08a3c", "read": "#7fae6b", "wait": "#d9d9d9"}
+COLOURS = {"attention": "#4878a8", "experts": "#e08a3c", "read": "#7fae6b", "wait": "#d9d9d9"}
 BOXES = (  # x, y, width, text, colour
     (0.0, 1.0, 1.0, "token\nembedding", "#eeeeee"),
     (1.5, 1.0, 1.3, "attention\n(KV cache)", "#c9d8e8"),
@@ -68,7 +68,7 @@ def draw_way(axis) -> None:
 
 def schedule(prefetch: str) -> list[Span]:
     """Spans of one decoded token, cache warm from the tokens before."""
-    device = VirtualDevice(lambda op, buffers: COSTS.get(op, 0.0), lambda name: READ)
+    device = VirtualDevice(lambda op, buffers: COSTS.get(op, 0.0) * len(buffers.get("wanted", "1")), lambda name: READ)
     with Engine(MODEL, _device=device, cache="50%", policy="lru", prefetch=prefetch, reads_in_flight=2) as engine:
         for token in engine.encode("It is a truth universally acknowledged"):
             engine.decode(token)
@@ -108,7 +108,7 @@ def main() -> None:
     for axis, prefetch in zip(axes[1:], ("none", "next-gate"), strict=True):
         draw_schedule(axis, prefetch, width)
     axes[2].set_xlabel("time (units of the virtual device; gaps in compute are waits for experts)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[k]) for k in ("attention", "expert", "read")]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[k]) for k in ("attention", "experts", "read")]
     axes[0].legend(handles, ["attention", "expert compute", "expert read"], loc="lower left", fontsize=8, frameon=False)
     figure.savefig(ROOT / "docs" / "token.png", dpi=110)
 

@@ -10,12 +10,14 @@ import argparse
 import math
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from moe_cupy.cache.echo import LONGEST_REST, NEIGHBOURS, PRIOR, WINDOWS, Echo
+from moe_cupy.cache.echo import LONGEST_REST, WINDOWS, Echo
 from moe_cupy.cache.policies import Geometry
+from moe_cupy.compiled.echo import CompiledEcho
 from moe_cupy.lab.replay import replay, slots_of
 from moe_cupy.lab.trace import RouteTrace, read_trace
 
@@ -36,12 +38,13 @@ class Watched(Echo):
     def mix_features(self, key: int) -> list[float]:
         """1, habit, neighbours, and the same times the way to the layer's turn; as ``_look`` weighs them."""
         layer = key // self._experts
-        near = self._similar.best(NEIGHBOURS, self._past)
-        after = (near << 1 | near >> 511) & (1 << 512) - 1
+        if not self._found:
+            self._find_neighbours()
+        bits, total = self._turns[layer <= self._layer]
         self._learn_habit(key, self._turn[layer])
-        uses = (self._used[key] & (after if layer <= self._layer else near)).bit_count() + self._prior[key]
-        votes = math.log(uses / (PRIOR + near.bit_count() - uses))
-        x = ((layer - self._layer - 1) % self._layers + 1) / self._layers
+        uses = (self._used[key] & bits).bit_count() + self._prior[key]
+        votes = math.log(uses / (total - uses))
+        x = self._ahead(layer) / self._layers
         return [1.0, self._odds[key], votes, x, votes * x, self._odds[key] * x]
 
     def recent(self, key: int) -> bool:
@@ -110,7 +113,7 @@ def main() -> int:
     for name in left_out if args.replay else []:
         for share in map(float, args.replay.split(",")):
             trace = traces[name]
-            counts = replay(trace, lambda geometry: Echo(geometry, weights), slots_of(trace, share))
+            counts = replay(trace, partial(CompiledEcho, weights=weights), slots_of(trace, share))
             print(f"{name} at {share:.0%}: {100 * counts.hit_rate:.2f}% hits", flush=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""Command line of the runtime: run | logits | perplexity | check | bench | doctor | routes | replay | synth."""
+"""Command line of the runtime; ``build_parser`` has the commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import numpy as np
 from moe_cupy.cache import POLICIES
 from moe_cupy.device import CHOICES
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
+from moe_cupy.plan_commands import add_plan
 from moe_cupy.prefetch import PREFETCHERS
+from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
     RequestError,
     add_model,
@@ -30,16 +32,16 @@ from moe_ref.command import (
     whole_file,
 )
 
-FAST = ("run", "bench")  # commands that round activations unless told otherwise: the others are compared with moe_ref
 GPU_PLACEMENT = {"n_gpu_layers": "-ngl", "override_tensor": "-ot", "cpu_moe": "--cpu-moe", "n_cpu_moe": "--n-cpu-moe"}
 
 
-def add_engine(parser: argparse.ArgumentParser, act: str) -> None:
-    """How to run, in llama.cpp's spellings."""
+def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) -> None:
+    """How to run, in llama.cpp's spellings; ``act`` is the default of --act, ``threads`` reads the value of -t."""
     add = parser.add_argument
     add_model(parser)
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
     add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
+    add("--host-cache", default="auto", help="experts in page-locked RAM before a GPU: 2GiB, 25%%, slots:N or auto")
     add("--policy", choices=list(POLICIES), default="echo", help="whom to evict (default echo)")
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
@@ -48,7 +50,8 @@ def add_engine(parser: argparse.ArgumentParser, act: str) -> None:
     add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16")
     add("--act", choices=("f32", "q8"), default=act, help="activations where they meet quantized weights: exact, or "
         f"rounded to 8 bits as llama.cpp does, several times faster (default {act})")  # fmt: skip
-    add("-t", "--threads", type=int, default=None, help="threads for compute (default: all cores)")
+    add("-t", "--threads", type=threads, default=None, help="threads for compute (default: all cores)")
+    add("--store", metavar="STORE", help="read experts from this file, made by repack (default: from the model)")
     add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
     add("--reads", dest="reads_in_flight", type=number(1, 256), default=4, help="expert reads in flight (default 4)")
     add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", help="layers on the GPU (needs --device cuda)")
@@ -99,10 +102,10 @@ def cmd_run(args: argparse.Namespace) -> None:
         print(decoder.flush())
         stats = engine.stats
         if args.json:
-            from moe_cupy.tools.bench import Result, as_record
+            from moe_cupy.tools.bench import Result, Test, as_record
 
             ns = max(1, int(1e9 * stats.generated_seconds))
-            record = as_record(engine, Result("run", 0, stats.generated_tokens, (ns,), stats), warm=False)
+            record = as_record(engine, Result(Test(0, stats.generated_tokens), (ns,), stats), warm=False)
             made_text = engine.tokenizer.decode(made, continues=True)
             print_json(record | {"n_prompt": len(ids), "text": made_text, "tokens": made})
         else:
@@ -150,23 +153,42 @@ def cmd_bench(args: argparse.Namespace) -> None:
     """llama-bench's tests and columns, plus what the expert cache did."""
     from moe_cupy.tools import bench
 
-    tests = [(n, 0) for n in args.n_prompt if n] + [(0, n) for n in args.n_gen if n]
+    tests = bench.tests_of(args.n_prompt, args.n_gen, [bench.Test(*pair) for pair in args.pg], args.n_depth)
     if not tests or args.repetitions < 1:
-        raise RequestError("nothing to measure: give -p N or -n N above 0, and -r of at least 1")
-    args.ctx_size = args.ctx_size or max(map(sum, tests))
+        raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0, and -r of at least 1")
+    args.ctx_size = args.ctx_size or max(test.context for test in tests)
     given = token_list(args.tokens if "," in args.tokens else "@" + args.tokens) if args.tokens else None
     records = []
-    with open_engine(args) as engine:
-        for n_prompt, n_gen in tests:
-            result = bench.run_test(engine, n_prompt, n_gen, args.repetitions, args.warmup, given)
-            records.append(bench.as_record(engine, result, args.warmup))
-            note(f"{result.test}: {records[-1]['avg_ts']:.2f} tok/s")
-            if args.output == "jsonl":
-                print_json(records[-1])
+    for threads in args.threads or [None]:
+        with open_engine(argparse.Namespace(**{**vars(args), "threads": threads})) as engine:
+            for test in tests:
+                result = bench.run_test(engine, test, args.repetitions, args.warmup, given)
+                records.append(bench.as_record(engine, result, args.warmup))
+                note(f"{test.name}: {records[-1]['avg_ts']:.2f} tok/s")
+                if args.output == "jsonl":
+                    print_json(records[-1])
     if args.output == "json":
         print(json.dumps(records, indent=1))
     elif args.output == "md":
         print(bench.markdown(records))
+
+
+def cmd_repack(args: argparse.Namespace) -> None:
+    """Write a model's experts side by side into a file for --store, or check such a file."""
+    from moe_cupy.tools import repack
+    from moe_ref.quantize import TYPES, type_called
+    from moe_ref.split import open_model
+
+    low = type_called(args.low, TYPES, "--low") if args.low else None
+    if low and args.verify:
+        raise RequestError("--low says what to write; --verify writes nothing")
+    with open_model(args.model) as file:
+        steps = repack.verify(file, args.output) if args.verify else repack.repack(file, args.output, low)
+        for done, total in steps:
+            if sys.stderr.isatty():
+                print(f"\r{done} of {total} experts", end="", file=sys.stderr, flush=True)
+    size = os.path.getsize(args.output) / 2**20
+    note(f"{args.output}: {size:.1f} MiB, {total} experts " + ("as written" if args.verify else "written"))
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
@@ -178,15 +200,32 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         raise RequestError(f"--folder {args.folder}: there is no such folder")
     for name, finding in machine.facts(args.folder):
         print(f"{name:14} {finding}", flush=True)
-    device, _ = open_device("host")
-    outcomes = list(check.check_ops(device))
-    device.close()
-    print("\n" + check.table(outcomes))
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+    passed = True
+    for choice in ("host", *(["cuda"] if machine.has_gpu() else [])):
+        device, _ = open_device(choice)
+        outcomes = list(check.check_ops(device))
+        device.close()
+        print(f"\nkernels of the {choice} device\n{check.table(outcomes)}")
+        passed = passed and all(outcome.passed for outcome in outcomes)
+    return 0 if passed else 1
 
 
 def _counts(text: str) -> list[int]:
     return [number(0)(word) for word in text.split(",")]
+
+
+def _pair(text: str) -> list[int]:
+    pair = _counts(text)
+    if len(pair) != 2:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: expected a prompt and a generation length, such as 512,128")
+    return pair
+
+
+def _add_repack(repacked: argparse.ArgumentParser) -> None:
+    add_model(repacked)
+    repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
+    repacked.add_argument("--low", metavar="TYPE", help="also write a smaller copy of each expert, such as Q2_K")
+    repacked.add_argument("--verify", action="store_true", help="write nothing: compare all of STORE's checksums")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -198,7 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__.splitlines()[0].replace("%", "%%"), description=run.__doc__)
         sub.set_defaults(run=run)
         if engine:
-            add_engine(sub, "q8" if name in FAST else "f32")
+            add_engine(sub, "q8" if name == "run" else "f32")  # the others are compared with moe_ref
         return sub
 
     run = command("run", cmd_run)
@@ -213,18 +252,24 @@ def build_parser() -> argparse.ArgumentParser:
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")
-    bench = command("bench", cmd_bench)
+    bench = command("bench", cmd_bench, engine=False)
+    add_engine(bench, "q8", threads=_counts)
     bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
     bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
+    bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
+    bench.add_argument("-d", "--n-depth", type=_counts, default=[0], help="tokens in the context before, e.g. 0,4096")
     bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
     bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
     bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
-    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="start with an empty cache")
+    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
+    _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
+    add_gpu_check(command)
     add_routes(commands)
     add_replay(commands)
     add_synth(commands)
+    add_plan(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser

@@ -149,6 +149,7 @@ def add_routes(commands: Any) -> None:
 
 def cmd_replay(args: argparse.Namespace) -> None:
     """Replay route traces through caches of many sizes, policies and prefetchers, always beside Belady."""
+    from moe_cupy.compiled import POLICIES
     from moe_cupy.lab import report, runs
     from moe_cupy.lab.machine import Machine
 
@@ -166,7 +167,7 @@ def cmd_replay(args: argparse.Namespace) -> None:
         expert_bytes=args.expert_bytes, tokens=args.tokens, profile=args.profile,
     )  # fmt: skip
     rows = []
-    for row in runs.run_all(todo, args.jobs):
+    for row in runs.run_all(todo, args.jobs, POLICIES):
         rows.append(row)
         note(f"{len(rows)}/{len(todo)} {row['routes']} {row['capacity']:g} {row['policy']} + {row['prefetch']}: "
              f"{100 * row['hit_rate']:.2f}%")  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.kernels.cases import random_matrix
+from moe_cupy.kernels.samples import random_matrix
 from tests.gguf_writer import write_gguf
 
 

@@ -157,7 +157,48 @@ def test_bench_speaks_llama_bench(capsys, tiny):
     assert "| t/s |" in capsys.readouterr().out
 
 
+# Fields of llama-bench's JSON that have a meaning here (tools/llama-bench of llama.cpp 0.5.0-dev).
+LLAMA_BENCH = """build_commit build_number cpu_info gpu_info backends model_filename model_type model_size
+model_n_params
+n_batch n_ubatch n_threads type_k type_v n_gpu_layers n_prompt n_gen n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
+samples_ns samples_ts""".split()
+CACHE_FIELDS = """cache_slots cache_bytes hits misses late evictions bytes_demand bytes_prefetch bytes_wasted stall_us
+policy prefetch device""".split()
+
+
+def test_bench_takes_lists_pairs_and_depths_and_names_tests_as_llama_bench(capsys, tiny):
+    flags = ["bench", "-m", tiny, "-p", "8,4", "-n", "3", "-pg", "4,2", "-d", "0,5", "-r", "1", "-t", "1,2"]
+    assert cupy_main([*flags, "-o", "jsonl"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    one = [(8, 0, 0), (8, 0, 5), (4, 0, 0), (4, 0, 5), (0, 3, 0), (0, 3, 5), (4, 2, 0), (4, 2, 5)]
+    assert [(r["n_prompt"], r["n_gen"], r["n_depth"]) for r in records] == one * 2
+    assert [r["n_threads"] for r in records] == [1] * 8 + [2] * 8
+    for r in records:
+        assert {*LLAMA_BENCH, *CACHE_FIELDS} <= set(r)
+        tokens = r["n_prompt"] + r["n_gen"]
+        assert r["avg_ts"] == pytest.approx(1e9 * tokens / r["avg_ns"])
+        assert r["prompt_tokens"] + r["generated_tokens"] == tokens, "the depth is not part of the counters"
+    assert cupy_main(["bench", "-m", tiny, "-p", "4", "-n", "3", "-pg", "4,2", "-d", "5", "-r", "1"]) == 0
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " t/s " in line or " d5 " in line]
+    tests = table[0].index("test")
+    assert [row[tests] for row in table] == ["test", "pp4 @ d5", "tg3 @ d5", "pp4+tg2 @ d5"]
+
+
+def test_bench_cold_finds_no_expert_resident_in_any_repetition(capsys, tiny):
+    flags = ["bench", "-m", tiny, "-p", "0", "-n", "1", "-r", "3", "--cache", "100%", "-o", "json", "--tokens", "1,2"]
+    assert cupy_main([*flags, "--no-warmup"]) == 0
+    cold = json.loads(capsys.readouterr().out)[0]
+    assert (cold["hits"], cold["warm"]) == (0, False)
+    assert cold["misses"] == 3 * 3 * 2, "3 repetitions of 3 layers of 2 experts"
+    assert cupy_main(flags) == 0
+    warm = json.loads(capsys.readouterr().out)[0]
+    assert (warm["misses"], warm["hits"], warm["warm"]) == (0, 18, True)
+
+
 WRONG_REQUESTS = [
+    (["bench", "-m", "{tiny}", "-pg", "0,0", "-p", "0", "-n", "0"], "nothing to measure"),
+    (["run", "-m", "{tiny}", "-p", "x", "--store", "{tmp}/absent"], "{tmp}/absent: cannot be read"),
+    (["repack", "-m", "{tiny}", "-o", "{tmp}/s", "--low", "Q2_K", "--verify"], "--verify writes nothing"),
     (["run", "-m", "{tiny}", "-p", "x", "--device", "cuda"], "--device cuda"),
     (["run", "-m", "{tiny}", "-p", "x", "--cache", "slots:1"], "smallest that works is slots:2"),
     (["run", "-m", "{tiny}", "-p", "x", "--cache", "many"], "--cache 'many'"),

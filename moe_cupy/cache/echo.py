@@ -2,19 +2,20 @@
 
 Three ideas, each a few lines.
 
-*Memory.* The last 512 tokens are bits of an integer: ``used[key]`` has the bit of every token that used the key. How
+*Memory.* The last 1024 tokens are bits of an integer: ``used[key]`` has the bit of every token that used the key. How
 often was it used in the last 8? ``(used[key] & last_8).bit_count()``.
 
 *Similarity.* A token resembles the current one by how many experts they shared, layer by layer, older layers counting
-half each layer: ``similarity = similarity / 2 + 2 * shared``. The 512 similarities are one bit-sliced number (a list of
-integers, the least significant bits first), so adding an expert's users is a ripple of ANDs and XORs over all tokens
+half each layer: ``similarity = similarity / 2 + 2 * shared``. The 1024 similarities are one bit-sliced number (a list
+of integers, the least significant bits first), so adding an expert's users is a ripple of ANDs and XORs over all tokens
 at once. The ``NEIGHBOURS`` most similar ones are found by descending the bits.
 
 *Hit density.* Whoever lies in a slot until its layer's next turn, ``d`` layers ahead, costs d and brings a hit with
-probability q: the lowest q / d goes. q is a logistic of two log-odds: the key's own habit (uses in the last 8, 64, 511
-tokens and since when it rests) and what the neighbours did in that layer (for layers whose turn has passed: what the
-tokens after them did). Near turns lean on neighbours, far ones on habit. The weights are in
-echo.toml, fitted on recorded traces.
+probability q; until the turn after that, d + L layers, it brings q + q', and so on for ``TURNS`` turns. Its worth is
+the best of these, hits per layer of waiting; the lowest goes. q is a logistic of two log-odds: the key's own habit
+(uses in the last 8, 64, 1023 tokens and since when it rests) and what the neighbours did in that layer (for layers
+whose turn has passed: what the tokens after them did). Near turns lean on neighbours, far ones on habit; for later
+turns the habit is a few more neighbours. The weights are in echo.toml, fitted on recorded traces.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from moe_cupy.cache.policies import Geometry, Scores
+from moe_cupy.cache.policies import Geometry, Policy, Scores
 
-TOKENS = 512  # remembered
-NEIGHBOURS = 8
+TOKENS = 1024  # remembered
+NEIGHBOURS = 4
+TURNS = 4  # of its layer that a resident may wait for
 WINDOWS = (8, 64, TOKENS - 1)
 LONGEST_REST = 300  # tokens: no difference beyond
 PRIOR = 3.0  # neighbours' worth of habit that is mixed with what the neighbours say
-REFRESH = (1,)  # layers ahead whose residents are looked at anew when someone has to go
 ALL = (1 << TOKENS) - 1
 WEIGHTS = Path(__file__).with_name("echo.toml")
 
@@ -77,10 +78,11 @@ class Similar:
         return taken | left
 
 
-class Echo:
-    """See the module. Residents are kept by layer with their last known q; the lowest of a layer stands for it."""
+class Echo(Policy):
+    """See the module. Residents are kept by layer with what was last known of them; the lowest stands for a layer.
 
-    wants_scores = False
+    This is the definition. The runtime runs moe_cupy/compiled/echo.py, which decides the same, key for key.
+    """
 
     def __init__(self, geometry: Geometry, weights: dict[str, list[float]] | None = None) -> None:
         self._layers, self._experts = geometry.layers, geometry.experts
@@ -96,25 +98,17 @@ class Echo:
         self._last = [-LONGEST_REST] * pairs  # the last token that used a key
         self._odds, self._prior = [0.0] * pairs, [0.0] * pairs  # of habit: its log-odds, and PRIOR x its probability
         self._known = [-2] * pairs  # the turn of its layer after which these were computed
-        self._q, self._seen = [0.0] * pairs, [0] * pairs  # probability of use at the next turn, the event it is from
+        self._q, self._later = [0.0] * pairs, [0.0] * pairs  # of the next turn; density of waiting for later ones
+        self._seen = [0] * pairs  # the event these are from
         self._turn = [-1] * geometry.layers  # the token of each layer's last turn
         self._resident: list[set[int]] = [set() for _ in range(geometry.layers)]
-        self._lowest: list[float] = [math.inf] * geometry.layers  # the least q of a layer's residents …
-        self._lowest_key = [-1] * geometry.layers  # … and whose it is
+        self._lowest = [-1] * geometry.layers  # the resident of a layer that is worth least
         self._stale: set[int] = set()  # layers to look at before someone is given up
         self._hidden: set[int] = set()  # layers whose lowest leaves out someone pinned
         self._windows = (0,) * len(WINDOWS)  # the last 8, 64, … tokens as bits
         self._bit = self._past = 0  # the current token, and those before it, as bits
-        self._neighbours, self._total = (0, 0), PRIOR  # the most similar tokens and those after them, as bits
+        self._turns = [(0, PRIOR)] * (TURNS + 1)  # the most similar tokens, those after them, …; how many, with PRIOR
         self._found = False  # whether this event's neighbours are known
-        self._per_layer = [[1 / d for d in self._distances(layer)] for layer in range(geometry.layers)]
-
-    def _distances(self, layer: int) -> list[int]:
-        return [(other - layer - 1) % self._layers + 1 for other in range(self._layers)]
-
-    def begin_sequence(self) -> None:
-        """What was learnt of one text serves the next."""
-
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         if layer <= self._layer:
             self._begin_token()
@@ -161,19 +155,16 @@ class Echo:
     def evict(self, key: int) -> None:
         layer = key // self._experts
         self._resident[layer].remove(key)
-        if self._lowest_key[layer] == key:
+        if self._lowest[layer] == key:
             self._find_lowest(layer, ())
 
     def victim(self, pinned: Collection[int]) -> int | None:
         self._prepare()
-        per_layer = self._per_layer[self._layer]
         while True:
-            density = [q * share for q, share in zip(self._lowest, per_layer, strict=True)]
-            least = min(density)
-            if least == math.inf:
+            key = min((key for key in self._lowest if key >= 0), key=self._worth, default=-1)
+            if key < 0:
                 return None
-            layer = density.index(least)
-            key = self._lowest_key[layer]
+            layer = key // self._experts
             if key in pinned:
                 self._hidden.add(layer)
                 self._find_lowest(layer, pinned)
@@ -181,15 +172,20 @@ class Echo:
                 return key
             else:  # it looked dispensable some layers ago: does it still?
                 self._look(layer, (key,))
-                self._find_lowest(layer, pinned)
+                self._find_lowest(layer, ())
+
+    def _worth(self, key: int) -> float:
+        """Hits per layer of waiting that the key promises from here."""
+        return max(self._q[key] / self._ahead(key // self._experts), self._later[key])
+
+    def _ahead(self, layer: int) -> int:
+        """Layers until a layer's next turn: 1 for the next one, L for the current one."""
+        return (layer - self._layer - 1) % self._layers + 1
 
     def _prepare(self) -> None:
-        """Look at what had its turn, and at what is about to have it."""
+        """Look at who was used or came, and whose turn has just been."""
         if not self._found:
-            near = self._similar.best(NEIGHBOURS, self._past)
-            after = (near << 1 | near >> (TOKENS - 1)) & ALL
-            self._neighbours, self._total, self._found = (near, after), PRIOR + near.bit_count(), True
-            self._stale.update((self._layer + ahead) % self._layers for ahead in REFRESH)
+            self._find_neighbours()
         self._stale |= self._hidden
         self._hidden.clear()
         for layer in sorted(self._stale):
@@ -197,19 +193,36 @@ class Echo:
             self._find_lowest(layer, ())
         self._stale.clear()
 
+    def _find_neighbours(self) -> None:
+        """The most similar tokens and, turn by turn, those after them, as far as there are any."""
+        near, future = self._similar.best(NEIGHBOURS, self._past), 1 << (self._token + 1) % TOKENS
+        self._turns, self._found = [(near, PRIOR + near.bit_count())], True
+        for _ in range(TURNS):
+            near = (near << 1 | near >> (TOKENS - 1)) & ALL & ~future
+            self._turns.append((near, PRIOR + near.bit_count()))
+
     def _look(self, layer: int, keys: Collection[int]) -> None:
-        """Compute q of ``keys``, all of one layer, from habit and neighbours."""
+        """Compute what ``keys``, all of one layer, promise, from habit and neighbours."""
         bias, habit, near, far, near_far, habit_far = self._mix
-        x = ((layer - self._layer - 1) % self._layers + 1) / self._layers  # of a token until its turn
+        ahead, turn = self._ahead(layer), self._turn[layer]
+        x = ahead / self._layers  # of a token until its turn
         bias, habit, near = bias + far * x, habit + habit_far * x, near + near_far * x
-        bits, total, turn = self._neighbours[layer <= self._layer], self._total, self._turn[layer]
-        used, odds, prior, q, seen, known = self._used, self._odds, self._prior, self._q, self._seen, self._known
+        (bits, total), *later = self._turns[layer <= self._layer :][:TURNS]
         for key in keys:
-            if known[key] != turn:
+            if self._known[key] != turn:
                 self._learn_habit(key, turn)
-            uses = (used[key] & bits).bit_count() + prior[key]
-            q[key] = 1 / (1 + math.exp(-(bias + habit * odds[key] + near * math.log(uses / (total - uses)))))
-            seen[key] = self._event
+            uses = (self._used[key] & bits).bit_count() + self._prior[key]
+            q = probability(bias + habit * self._odds[key] + near * math.log(uses / (total - uses)))
+            self._q[key], self._later[key], self._seen[key] = q, self._density(key, q, ahead, later), self._event
+
+    def _density(self, key: int, hits: float, waited: float, later: Sequence[tuple[int, float]]) -> float:
+        """The most hits per layer of waiting for a turn after the next, which brings ``hits`` after ``waited``."""
+        used, prior, best = self._used[key], self._prior[key], 0.0
+        for bits, total in later:
+            hits += ((used & bits).bit_count() + prior) / total
+            waited += self._layers
+            best = max(best, hits / waited)
+        return best
 
     def _learn_habit(self, key: int, turn: int) -> None:
         """Log-odds that the key is used at its next turn, whatever the token."""
@@ -217,17 +230,23 @@ class Echo:
         odds = self._of_rest[rest if rest < LONGEST_REST else LONGEST_REST]
         for table, bits in zip(self._of_uses, self._windows, strict=True):
             odds += table[(used & bits).bit_count()]
-        self._odds[key], self._prior[key], self._known[key] = odds, PRIOR / (1 + math.exp(-odds)), turn
+        self._odds[key], self._prior[key], self._known[key] = odds, PRIOR * probability(odds), turn
 
     def _find_lowest(self, layer: int, pinned: Collection[int]) -> None:
+        """Who of a layer's residents but ``pinned`` is worth least; of equals the one with the lowest id."""
         there = self._resident[layer]
         candidates = [key for key in there if key not in pinned] if pinned else there
-        key = min(candidates, key=self._q.__getitem__, default=-1)
-        self._lowest_key[layer], self._lowest[layer] = key, self._q[key] if key >= 0 else math.inf
+        self._lowest[layer] = min(candidates, key=lambda key: (self._worth(key), key), default=-1)
 
     def _update(self, layer: int, key: int) -> None:
-        if self._q[key] < self._lowest[layer]:
-            self._lowest[layer], self._lowest_key[layer] = self._q[key], key
+        lowest = self._lowest[layer]
+        if lowest < 0 or (self._worth(key), key) < (self._worth(lowest), lowest):
+            self._lowest[layer] = key
+
+
+def probability(log_odds: float) -> float:
+    """What has these log-odds."""
+    return 1 / (1 + math.exp(-log_odds))
 
 
 def last_bits(count: int, at: int) -> int:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_cupy.cache.policies import Geometry, Policy, Scores
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """Bring ``key`` into ``slot``, which ``evicted`` leaves (None: the slot was free)."""
 
     key: int
@@ -22,8 +22,7 @@ class Load:
     evicted: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What one event needs: ``hits`` are (key, slot) already resident, ``loads`` are the misses."""
 
     hits: tuple[tuple[int, int], ...]
@@ -58,14 +57,16 @@ class Pool:
 
         Raises ValueError, and changes nothing, if ``keys`` and ``pinned`` together do not leave room.
         """
-        keep = {*keys, *(key for key in pinned if key in self.slot_of)}
-        if len(keep) > self.slots:
-            raise ValueError(f"{len(keep)} experts are in use at once, but there are only {self.slots} slots")
-        hits = tuple((key, self.slot_of[key]) for key in keys if key in self.slot_of)
-        missing = [key for key in keys if key not in self.slot_of]
-        self.policy.begin(layer, keys, scores)
-        self.unused.difference_update(keys)
-        loads = tuple(load for key in missing if (load := self._admit(key, keep)) is not None)
+        slot_of = self.slot_of
+        in_use = len({*keys, *(key for key in pinned if key in slot_of)}) if pinned else len(keys)
+        if in_use > self.slots:
+            raise ValueError(f"{in_use} experts are in use at once, but there are only {self.slots} slots")
+        hits = tuple([(key, slot_of[key]) for key in keys if key in slot_of])
+        missing = [key for key in keys if key not in slot_of] if len(hits) < len(keys) else ()
+        victims = self.policy.event(layer, keys, missing, len(self._free), pinned, scores)
+        if self.unused:
+            self.unused.difference_update(keys)
+        loads = self._exchange(missing, victims)
         assert len(loads) == len(missing), "the policy gave no victim though there is one"
         self.counters.hits += len(hits)
         self.counters.misses += len(loads)
@@ -73,44 +74,34 @@ class Pool:
 
     def prefetch(self, keys: Sequence[int], pinned: Collection[int]) -> tuple[Load, ...]:
         """Bring ``keys`` in ahead of their use, in this order, as far as unpinned slots go."""
-        keep = {*keys, *pinned}
-        loads = []
-        for key in keys:
-            if key in self.slot_of:
-                continue
-            load = self._admit(key, keep)
-            if load is None:
-                break
-            self.unused.add(key)
-            loads.append(load)
+        incoming = [key for key in keys if key not in self.slot_of]
+        loads = self._exchange(incoming, self.policy.exchange(incoming, len(self._free), {*keys, *pinned}))
+        self.unused.update(load.key for load in loads)
         self.counters.prefetched += len(loads)
-        return tuple(loads)
+        return loads
 
     def forget(self, key: int) -> None:
         """Drop ``key`` without a successor: its slot is free again (a load failed)."""
         if key in self.slot_of:
             self.unused.discard(key)
-            self._free.append(self._leave(key))
+            self.policy.evict(key)
+            self._free.append(self.slot_of.pop(key))
 
-    def _admit(self, key: int, keep: Collection[int]) -> Load | None:
-        evicted = None
-        if not self._free:
-            evicted = self.policy.victim(keep)
-            if evicted is None:
-                return None
-            self.counters.evictions += 1
-            self._free.append(self._leave(evicted))
-        slot = self._free.pop()
-        self.slot_of[key] = slot
-        self.policy.admit(key)
-        return Load(key, slot, evicted)
-
-    def _leave(self, key: int) -> int:
-        self.policy.evict(key)
-        if key in self.unused:
-            self.unused.remove(key)
-            self.counters.wasted += 1
-        return self.slot_of.pop(key)
+    def _exchange(self, incoming: Sequence[int], victims: Sequence[int]) -> tuple[Load, ...]:
+        """Who gets which slot: the free ones first, then those of the victims."""
+        if not incoming:
+            return ()
+        slot_of, free = self.slot_of, min(len(self._free), len(incoming))
+        slots = [self._free.pop() for _ in range(free)] if free else []
+        slots += [slot_of.pop(key) for key in victims]
+        who: Sequence[int | None] = [*[None] * free, *victims] if free else victims
+        loads = tuple(map(Load._make, zip(incoming, slots, who, strict=False)))  # the last may have found no slot
+        slot_of.update(zip(incoming, slots, strict=False))
+        self.counters.evictions += len(victims)
+        if self.unused:
+            self.counters.wasted += len(self.unused.intersection(victims))
+            self.unused.difference_update(victims)
+        return loads
 
 
 class ExpertCache:
@@ -128,6 +119,11 @@ class ExpertCache:
         first = [sum(slots[:i]) for i in range(len(slots))]
         shape = len(self.class_of_layer), expert_count
         self.pools = tuple(Pool(n, policy(Geometry(n, *shape)), at) for n, at in zip(slots, first, strict=True))
+        self._made_of = expert_count, class_of_layer, slots, policy
+
+    def fresh(self) -> ExpertCache:
+        """One of the same shape that has seen nothing yet."""
+        return ExpertCache(*self._made_of)
 
     def key(self, layer: int, expert: int) -> int:
         """The integer name of a routed expert."""
@@ -146,7 +142,8 @@ class ExpertCache:
         self, layer: int, experts: Sequence[int], pinned: Collection[int] = (), scores: Scores | None = None
     ) -> Plan:
         """One event: ``layer`` uses ``experts`` (distinct ids)."""
-        return self.pool(layer).access(layer, [self.key(layer, e) for e in experts], pinned, scores)
+        first = layer * self.expert_count
+        return self.pool(layer).access(layer, [first + expert for expert in experts], pinned, scores)
 
     def prefetch(self, layer: int, experts: Sequence[int], pinned: Collection[int]) -> tuple[Load, ...]:
         """Expect that ``layer`` will use ``experts``, likeliest first."""

@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 
-from moe_cupy.cache.policies import Geometry, Scores
+from moe_cupy.cache.policies import LRU, Geometry, Heaped, Policy, Scores
 
 GONE = math.inf  # the number of a resident that is no victim any more
 HALF_LIFE = 16  # tokens, of the decayed counts
 CLASS_HALF_LIFE, HIGHEST_CLASS = 128, 7  # of llama.cpp's classes of uses
 
 
-class Ranked(ABC):
+class Ranked(Policy):
     """Bookkeeping for rules that rank: residents in order of last use, numbers made once an event when needed."""
-
-    wants_scores = False
 
     def __init__(self, geometry: Geometry) -> None:
         self.layers, self.experts = geometry.layers, geometry.experts
@@ -29,9 +27,7 @@ class Ranked(ABC):
         self.layer = -1
         self._keys: list[int] = []
         self._numbers: list[float] = []  # of self._keys; empty until a victim is asked for
-
-    def begin_sequence(self) -> None:  # noqa: B027
-        """Most rules do not care."""
+        self._arrived: list[int] = []  # since then, without a number yet
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         self.now += 1
@@ -41,10 +37,10 @@ class Ranked(ABC):
             if key in self.resident:
                 del self.resident[key]
                 self.resident[key] = None
-        self._keys, self._numbers = [], []
+        self._keys, self._numbers, self._arrived = [], [], []
         self.use(keys, scores)
 
-    def use(self, keys: Sequence[int], scores: Scores | None) -> None:  # noqa: B027
+    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
         """Remember that this event uses ``keys``; some rules have nothing to remember."""
 
     @abstractmethod
@@ -53,9 +49,7 @@ class Ranked(ABC):
 
     def admit(self, key: int) -> None:
         self.resident[key] = None
-        if self._numbers:
-            self._keys.append(key)
-            self._numbers += self.numbers([key])
+        self._arrived.append(key)
 
     def evict(self, key: int) -> None:
         del self.resident[key]
@@ -64,6 +58,10 @@ class Ranked(ABC):
         if not self._numbers:
             self._keys = list(self.resident)
             self._numbers = self.numbers(self._keys)
+        elif self._arrived:
+            self._keys += self._arrived
+            self._numbers += self.numbers(self._arrived)
+        self._arrived = []
         passed: list[tuple[int, float]] = []
         found = None
         while found is None and self._numbers and (low := min(self._numbers)) < GONE:
@@ -78,27 +76,27 @@ class Ranked(ABC):
             self._numbers[at] = low
         return found
 
+    def exchange(self, incoming: Sequence[int], free: int, pinned: Collection[int]) -> list[int]:
+        """All victims first, since none of ``incoming`` may be one: so nobody who comes needs a number at once."""
+        victims: list[int] = []
+        while len(victims) < len(incoming) - free and (leaving := self.victim(pinned)) is not None:
+            self.evict(leaving)
+            victims.append(leaving)
+        for key in incoming[: free + len(victims)]:
+            self.admit(key)
+        return victims
+
     def distances(self) -> list[int]:
         """Layers until each layer's next turn: 1 for the next layer, L for the current one, which was just here."""
         ahead = self.layers - self.layer
         return [layer + ahead for layer in range(self.layer + 1)] + list(range(1, ahead))
 
 
-class FIFO(Ranked):
-    """First in, first out: whoever has been resident longest."""
+class FIFO(LRU):
+    """First in, first out: whoever has been resident longest, used or not."""
 
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry)
-        self._arrived = [0] * geometry.layers * geometry.experts
-        self._arrivals = 0
-
-    def admit(self, key: int) -> None:
-        self._arrivals += 1
-        self._arrived[key] = self._arrivals
-        super().admit(key)
-
-    def numbers(self, keys: Sequence[int]) -> list[float]:
-        return [self._arrived[key] for key in keys]
+    def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
+        """A use changes nothing."""
 
 
 class LFRU(Ranked):
@@ -119,40 +117,58 @@ class LFRU(Ranked):
         return [uses[key] / (now - last[key]) for key in keys]
 
 
-class DecayedLFU(Ranked):
-    """Fewest uses, each worth half after ``half_life`` tokens; counts survive eviction.
+class DecayedLFU(Heaped):
+    """Fewest uses, each worth half after HALF_LIFE tokens; counts survive eviction; ties by least recent use.
 
-    Decay spares no one, so it changes no order: kept is log2(count) + token / half_life at the last use.
+    Decay spares no one, so it changes no order: kept is log2(count) + token / half-life at the last use.
     """
 
-    def __init__(self, geometry: Geometry, half_life: int = HALF_LIFE) -> None:
-        super().__init__(geometry)
-        self._half_life = half_life
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self._token, self._layer = 0, -1
         self._count = [-GONE] * geometry.layers * geometry.experts
+        self._touched = [0] * geometry.layers * geometry.experts  # when it was used or came
 
-    def use(self, keys: Sequence[int], scores: Scores | None) -> None:
-        now = self.token / self._half_life
+    def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
+        self._token += layer <= self._layer
+        self._layer = layer
         for key in keys:
-            self._count[key] = now + math.log2(1 + 2 ** (self._count[key] - now))
+            self._count[key] = one_more(self._count[key], self._token / HALF_LIFE)
+            if key in self._resident:
+                self._touch(key)
 
-    def numbers(self, keys: Sequence[int]) -> list[float]:
-        return [self._count[key] for key in keys]
+    def admit(self, key: int) -> None:
+        self._touch(key)
+        super().admit(key)
+
+    def worth(self, key: int) -> tuple[float, int, int]:
+        return self._count[key], self._touched[key], key
+
+    def _touch(self, key: int) -> None:
+        self._now += 1
+        self._touched[key] = self._now
 
 
-class UseClass(DecayedLFU):
+def one_more(count: float, now: float) -> float:
+    """log2 of a decayed count, plus the half-lives passed at its last use, after one more use ``now``."""
+    return now + math.log2(1 + 2 ** (count - now))
+
+
+class UseClass(Ranked):
     """llama.cpp's expert cache: longest unused, its age divided by 2^class; class = log2 of decayed uses, 0 to 7."""
 
     def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry, CLASS_HALF_LIFE)
+        super().__init__(geometry)
+        self._count = [-GONE] * geometry.layers * geometry.experts
         self._last = [0] * geometry.layers * geometry.experts
 
     def use(self, keys: Sequence[int], scores: Scores | None) -> None:
-        super().use(keys, scores)
         for key in keys:
+            self._count[key] = one_more(self._count[key], self.token / CLASS_HALF_LIFE)
             self._last[key] = self.now
 
     def numbers(self, keys: Sequence[int]) -> list[float]:
-        now, last, count, decay = self.now, self._last, self._count, self.token / self._half_life
+        now, last, count, decay = self.now, self._last, self._count, self.token / CLASS_HALF_LIFE
         top = HIGHEST_CLASS
         return [
             (last[key] - now) / (1 if (log := count[key] - decay) < 1 else 1 << top if log >= top else 1 << int(log))

@@ -7,6 +7,7 @@ from typing import Any
 from moe_cupy.device.base import Device, DeviceError
 
 CHOICES = ("auto", "cuda", "host", "emulated")
+EXTRA = "moe-offload[cuda%d]"
 
 
 def open_device(choice: str, threads: int | None = None, act: str = "f32") -> tuple[Device, str]:
@@ -14,24 +15,41 @@ def open_device(choice: str, threads: int | None = None, act: str = "f32") -> tu
     if choice == "host":
         return (device := _host(threads, act)), f"host device, as asked: {device.how}"
     if choice == "auto":
-        device = _host(threads, act)
-        return device, f"auto chose the host device, as there is no CUDA device in this version: {device.how}"
+        return _auto(threads, act, missing_for_cuda())
     if choice == "cuda":
-        raise DeviceError(f"--device cuda: {missing_for_cuda()}")
+        if reason := missing_for_cuda():
+            raise DeviceError(f"--device cuda: {reason}; or use --device host")
+        return _cuda(), "cuda device, as asked"
     if choice == "emulated":
-        raise DeviceError("--device emulated: not in this version; use --device host")
+        from moe_cupy.device.emulated import EmulatedDevice
+
+        return EmulatedDevice(), "emulated device: the CUDA kernels on the CPU, for tests"
     raise DeviceError(f"--device {choice}: unknown; use one of {', '.join(CHOICES)}")
 
 
 def missing_for_cuda() -> str:
-    """What stands between this machine and ``--device cuda``, and what to do about it."""
+    """What stands between this machine and ``--device cuda``, and what to do about it; empty if it is usable."""
     try:
         import cupy
     except ImportError:
-        found = "and CuPy is not installed"
-    else:
-        found = "though a GPU is here" if cupy.cuda.is_available() else "and CuPy finds no GPU or no driver"
-    return f"there is no CUDA device in this version yet ({found}); use --device host"
+        return f"CuPy is not installed: pip install '{EXTRA % 13}' (or '{EXTRA % 12}' for a CUDA 12 driver)"
+    from moe_cupy.device.cuda import missing
+
+    return missing(cupy)
+
+
+def _auto(threads: int | None, act: str, reason: str) -> tuple[Device, str]:
+    if reason:
+        return (device := _host(threads, act)), f"auto chose the host device ({device.how}): {reason}"
+    return _cuda(), "auto chose the cuda device: a GPU is here"
+
+
+def _cuda() -> Device:
+    import cupy
+
+    from moe_cupy.device.cuda import CudaDevice
+
+    return CudaDevice(cupy)
 
 
 def _host(threads: int | None, act: str) -> Any:

@@ -8,8 +8,12 @@ waits is told, and the stream runs nothing more until ``recover``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import numpy as np
+
+Work = Callable[[], None] | Sequence[Callable[[], None]]  # one piece, or parts that may run at the same time
 
 
 class DeviceError(RuntimeError):
@@ -43,8 +47,11 @@ class Stream(Protocol):
 class WorkQueue(Protocol):
     """Workers that run independent pieces of host work, the most urgent first (disk reads)."""
 
-    def submit(self, work: Callable[[], None], urgency: int, after: Event | None = None, name: str = "") -> Event:
-        """Run ``work`` on some worker, lower ``urgency`` first; not before ``after``. Returns its completion."""
+    def submit(self, work: Work, urgency: int, after: Event | None = None, name: str = "") -> Event:
+        """Run ``work`` on some worker, its parts on any, lower ``urgency`` first; not before ``after``.
+
+        Returns the completion of all of it.
+        """
 
     def promote(self, event: Event, urgency: int) -> None:
         """Make work that has not begun more urgent; no effect once it runs."""
@@ -55,6 +62,7 @@ class Device(Protocol):
 
     name: str
     formats: tuple[str, ...]  # tensor types that its matrix ops take
+    is_unified: bool  # device memory is host memory: nothing has to be sent or fetched
 
     def alloc(self, nbytes: int) -> Any:
         """Uninitialised uint8 [nbytes] in device memory."""
@@ -70,6 +78,18 @@ class Device(Protocol):
 
     def copy_async(self, dst: Any, src: Any, stream: Stream) -> None:
         """Copy src into dst (same shape and dtype) in stream order."""
+
+    def upload(self, host: np.ndarray) -> Any:
+        """A copy of ``host`` in device memory, uint8 [nbytes]; for loading: returns when it is there."""
+
+    def put(self, dst: Any, values: np.ndarray, stream: Stream) -> None:
+        """Copy a small host array into dst in stream order; ``values`` may change at once."""
+
+    def fetch(self, name: str, src: Any, stream: Stream) -> np.ndarray:
+        """Host memory that holds what src does at this point of the stream, once the stream has got here.
+
+        The next fetch of this name and shape uses the same memory.
+        """
 
     def launch(self, op: str, stream: Stream, **buffers: Any) -> None:
         """Run an op of the kernel table on buffers in stream order."""

@@ -81,6 +81,7 @@ class HostDevice:
 
     name = "host"
     formats = SUPPORTED
+    is_unified = True
 
     def __init__(self, threads: int | None = None, act: str = "f32", inline: bool = True):
         self.threads, self.act, self.inline = threads or usable_cores(), act, inline
@@ -116,6 +117,17 @@ class HostDevice:
 
     def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
         stream.run(lambda: np.copyto(dst, src))
+
+    def upload(self, host: np.ndarray) -> np.ndarray:
+        memory = self.alloc(host.nbytes)
+        memory[...] = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
+        return memory
+
+    def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
+        self.copy_async(dst, values.copy(), stream)
+
+    def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
+        return src
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         run = OPS[op].host

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+MEMBERSHIP = Path("/proc/self/cgroup")
+# Version -> where its groups are mounted, and the files of a group: limit, use, and the line of memory.stat that says
+# how much of the use is file cache that goes at once.
+VERSIONS = {
+    2: ("", "memory.max", "memory.current", "inactive_file"),
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def free_and_total() -> tuple[int, int]:
@@ -40,14 +46,37 @@ def _sysconf() -> tuple[int, int]:
 
 
 def _control_group() -> tuple[int, int]:
-    """What the control group at the root of this process's view leaves, versions 2 and 1; huge if unlimited."""
-    for limit_name, used_name in LIMITS:
-        try:
-            limit, used = (int((CGROUP / name).read_text()) for name in (limit_name, used_name))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-        return max(0, limit - used), limit
-    return sys.maxsize, sys.maxsize
+    """What this process's control group and those above it leave, versions 2 and 1; huge if unlimited."""
+    rooms = [(sys.maxsize, sys.maxsize)]
+    for version, group in _memberships():
+        mount, *files = VERSIONS[version]
+        top = CGROUP / mount
+        path = top / group.strip("/")
+        rooms += [_room(folder, *files) for folder in (path, *path.parents) if folder.is_relative_to(top)]
+    return min(free for free, _ in rooms), min(limit for _, limit in rooms)
+
+
+def _memberships() -> list[tuple[int, str]]:
+    """(version, path) of this process's groups that count memory; the top of each hierarchy where that is not told."""
+    found = {2: "/", 1: "/"}
+    try:
+        for line in MEMBERSHIP.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0" or "memory" in controllers.split(","):
+                found[2 if number == "0" else 1] = path
+    except (OSError, ValueError):
+        pass
+    return list(found.items())
+
+
+def _room(folder: Path, limit_file: str, used_file: str, cached_line: str) -> tuple[int, int]:
+    """(free, limit) of one group; huge where it has no limit or cannot be read."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in (limit_file, used_file))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(stat.get(cached_line, 0))), limit
+    except (OSError, ValueError):  # not there, or "max"
+        return sys.maxsize, sys.maxsize
 
 
 def _windows() -> tuple[int, int]:

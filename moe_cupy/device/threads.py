@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moe_cupy.device.base import Work
+
 
 class ThreadEvent:
     """Completion of some work, with the failure that ended it, if any."""
@@ -145,20 +147,22 @@ class ThreadStream:
 
 @dataclass(slots=True)
 class _Job:
-    """Work in a queue. It may be taken once ``released``; ``begun`` says that it was."""
+    """Work in a queue, in parts that any workers may take once it is ``released``."""
 
     number: int
     urgency: int
-    work: Callable[[], None]
+    parts: list[Callable[[], None]]  # not begun, in reverse order
+    left: int  # parts that have not ended
     event: ThreadEvent
     released: bool = False
-    begun: bool = False
+    error: BaseException | None = None  # of the first part that failed
 
 
 class ThreadQueue:
     """Worker threads that share a priority queue; equal urgency is served in order of submission.
 
-    Work that must wait for an event occupies no worker meanwhile, so what it waits for can run.
+    Work that must wait for an event occupies no worker meanwhile, so what it waits for can run. Work in parts has
+    ended when all of them have, whatever fails.
     """
 
     def __init__(self, name: str, count: int):
@@ -173,8 +177,9 @@ class ThreadQueue:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, work: Callable[[], None], urgency: int, after: Any = None, name: str = "") -> ThreadEvent:
-        job = _Job(next(self._count), urgency, work, ThreadEvent())
+    def submit(self, work: Work, urgency: int, after: Any = None, name: str = "") -> ThreadEvent:
+        parts = [work] if callable(work) else list(reversed(work))
+        job = _Job(next(self._count), urgency, parts, len(parts), ThreadEvent())
         with self._ready:
             self._jobs[job.event] = job
         if after is None:
@@ -186,7 +191,7 @@ class ThreadQueue:
     def promote(self, event: Any, urgency: int) -> None:
         with self._ready:
             job = self._jobs.get(event)
-            if job is None or job.begun or urgency >= job.urgency:
+            if job is None or not job.parts or urgency >= job.urgency:
                 return
             job.urgency = urgency
             if job.released:  # its old entry is passed over when it surfaces
@@ -211,24 +216,32 @@ class ThreadQueue:
         with self._ready:
             job.released = True
             heapq.heappush(self._heap, (job.urgency, job.number, job))
-            self._ready.notify()
+            self._ready.notify(len(job.parts))
 
     def _serve(self) -> None:
-        while (job := self._take()) is not None:
-            job.event.finish(_outcome(job.work))
+        while (taken := self._take()) is not None:
+            job, part = taken
+            error = _outcome(part)
+            with self._ready:
+                job.error, job.left = job.error or error, job.left - 1
+                if job.left:
+                    continue
+            job.event.finish(job.error)
             with self._ready:
                 del self._jobs[job.event]  # only now: drain must not overlook a job whose event is still to come
                 if self._closed:
                     self._ready.notify_all()
 
-    def _take(self) -> _Job | None:
+    def _take(self) -> tuple[_Job, Callable[[], None]] | None:
         with self._ready:
             while True:
                 while self._heap:
-                    job = heapq.heappop(self._heap)[2]
-                    if not job.begun:
-                        job.begun = True
-                        return job
+                    job = self._heap[0][2]
+                    part = job.parts.pop() if job.parts else None
+                    if not job.parts:
+                        heapq.heappop(self._heap)
+                    if part is not None:
+                        return job, part
                 if self._closed and not self._jobs:
                     return None
                 self._ready.wait()

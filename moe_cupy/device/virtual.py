@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_cupy.device.base import Work
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.kernels.table import OPS
@@ -136,12 +137,11 @@ class VirtualQueue:
         self._pending: list[_Job] = []
         self._count = itertools.count()
 
-    def submit(
-        self, work: Callable[[], None], urgency: int, after: Any = None, name: str = ""
-    ) -> VirtualEvent:
+    def submit(self, work: Work, urgency: int, after: Any = None, name: str = "") -> VirtualEvent:
         event = VirtualEvent(self._device)
         try:
-            work()
+            for part in [work] if callable(work) else work:
+                part()
         except BaseException as error:  # handed to whoever waits for this job
             event.error = error
         self._pending.append(_Job(next(self._count), self._device.now, urgency, after, event, name))
@@ -175,6 +175,7 @@ class VirtualDevice:
 
     name = "virtual"
     formats = HostDevice.formats
+    is_unified = True
 
     def __init__(self, op_cost: Callable[[str, dict[str, Any]], float], read_cost: Callable[[str], float]):
         self.op_cost, self.read_cost = op_cost, read_cost
@@ -203,6 +204,17 @@ class VirtualDevice:
     def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
         np.copyto(dst, src)
         stream.items.append(_Item(self.now, self.op_cost("copy", {"dst": dst, "src": src}), "copy"))
+
+    def upload(self, host: np.ndarray) -> np.ndarray:
+        memory = self.alloc(host.nbytes)
+        memory[...] = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
+        return memory
+
+    def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
+        self.copy_async(dst, values.copy(), stream)
+
+    def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
+        return src
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         OPS[op].host(self._split, **buffers)

@@ -24,8 +24,8 @@ UNIT: Norm = (None, None)
 class Scratch:
     """Activations of a pass in device memory, by name and shape, made at their first use."""
 
-    def __init__(self, device: Device):
-        self._device = device
+    def __init__(self, device: Device, stream: Any):
+        self._device, self._stream = device, stream
         self._arrays: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, name: str, *shape: int, dtype: type = np.float32) -> Any:
@@ -37,6 +37,14 @@ class Scratch:
             self._arrays[name, shape] = array
         return array
 
+    def put(self, name: str, values: np.ndarray) -> Any:
+        """``values`` of the host where ops can read them."""
+        if self._device.is_unified:
+            return values
+        target = self(name, *values.shape, dtype=values.dtype.type)
+        self._device.put(target, values, self._stream)
+        return target
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -46,8 +54,8 @@ class Pass:
     launch: Callable[..., None]  # op, buffers by name
     scratch: Scratch
     kv: Any  # DeviceKV
-    tables: dict[int, tuple[np.ndarray, np.ndarray]]  # layer -> cosines and sines [T, n_rot/2]
-    temperature: dict[int, np.ndarray]  # layer -> factor on scores [T]
+    tables: dict[int, tuple[Any, Any]]  # layer -> cosines and sines [T, n_rot/2]
+    temperature: dict[int, Any]  # layer -> factor on scores [T]
     x: Any  # [T, D] residual stream
 
 

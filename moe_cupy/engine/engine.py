@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.cache import POLICIES, Counters
+from moe_cupy.cache import Counters
+from moe_cupy.compiled import POLICIES
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
-from moe_cupy.engine.placement import Placement, place_experts
+from moe_cupy.engine.placement import Placement, open_store, place_experts
 from moe_cupy.engine.stats import Stats
 from moe_cupy.engine.weights import check_formats, load_dense
 from moe_cupy.prefetch import PREFETCHERS
@@ -42,6 +43,7 @@ class Options:
     """How to run; the names and defaults are those of the command line."""
 
     cache: str = "auto"  # 2GiB | 25% | slots:N | auto
+    host_cache: str = "auto"  # the same, of experts in page-locked memory before a device with its own
     policy: str = "echo"
     prefetch: str = "none"
     device: str = "auto"
@@ -50,6 +52,7 @@ class Options:
     ubatch_size: int = 512
     cache_type_k: str = "f32"
     cache_type_v: str = "f32"
+    store: str | None = None  # a file that `repack` made of the model, to read experts from
     direct_io: bool = True
     reads_in_flight: int = 4
     act: str = "f32"  # of activations that meet a quantized matrix; "q8" rounds them to 8 bits, several times faster
@@ -63,8 +66,11 @@ class Options:
         ):
             if value not in table:
                 raise ValueError(f"{flag} {value}: unknown; use one of {', '.join(table)}")
-        if not isinstance(self.cache, str):
-            raise ValueError(f"cache: {self.cache!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'")
+        for name in ("cache", "host_cache"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'"
+                )
         for name in ("ubatch_size", "reads_in_flight", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -78,9 +84,9 @@ class Engine:
 
     ``cache`` bounds the routed experts that are resident over all layers; the keywords are the fields of
     ``Options``. Raises GGUFError, ConfigError or FormatError for a file that cannot be run, BudgetError for
-    a cache too small, DeviceError for a device that is not here; later TokenizerError where text is asked
-    of a file without a usable tokenizer, and StoreError where expert bytes cannot be read. After a
-    StoreError the engine is usable: what failed is read again when next wanted.
+    a cache too small, DeviceError for a device that is not here, StoreMismatch for a store of another model;
+    later TokenizerError where text is asked of a file without a usable tokenizer, and StoreError where expert
+    bytes cannot be read. After a StoreError the engine is usable: what failed is read again when next wanted.
     """
 
     def __init__(self, model: str | os.PathLike, *, _device: Device | None = None, **options: Any):
@@ -170,6 +176,15 @@ class Engine:
             if self.mover is not None:
                 self.mover.cache.begin_sequence()
 
+    def empty_cache(self) -> None:
+        """As if just opened: no expert is resident, policy and prefetcher have learned nothing, counters are zero."""
+        with self._used_alone():
+            self.device.synchronize()
+            self.forward.prefetcher = PREFETCHERS[self.options.prefetch]()
+            if self.mover is not None:
+                self.mover.empty()
+        self.reset_stats()
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens parsed and added as the model's file says."""
         return self.tokenizer.encode(text, add_special=True, parse_special=True)
@@ -194,7 +209,7 @@ class Engine:
         self._stalled_before = self.device.stalls().get(WAIT_EXPERTS, 0.0)
         if mover is not None:
             mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
-            for pool in mover.cache.pools:
+            for pool in (*mover.cache.pools, *mover.transport.pools):
                 pool.counters = Counters()
         self._stats = Stats(
             device=self.device.name,
@@ -221,8 +236,9 @@ class Engine:
         self.mover, reason = None, ""
         if c.is_moe:
             layout = expert_layout(self.file, self.views, c.block_count, c.expert_count)
+            store = open_store(self.file, layout, o.store, o.direct_io)
             self.mover, reason = place_experts(
-                self.device, layout, c.expert_used_count, o.cache, o.policy, o.direct_io, o.reads_in_flight
+                self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight, o.host_cache
             )
             self._resources.append(self.mover.store)
         self.placement = Placement.of(self.weights.nbytes, self.mover, reason)

@@ -13,10 +13,9 @@ from typing import Any
 
 from moe_cupy.cache import ExpertCache, Load, Scores
 from moe_cupy.device.base import Device, Event
+from moe_cupy.engine.transport import DEMAND, PREFETCH, Transport
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.store import MATRICES, ExpertStore
-
-DEMAND, PREFETCH = 0, 1  # urgency of a load
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +25,28 @@ class Held:
     key: int
     expert: int
     slot: int
-    ready: Event | None  # None: already here
+    ready: Any  # an event of the transport, for ``ExpertMover.wait``; None: already here
     matrices: dict[str, Matrix]
 
 
 class ExpertMover:
     """Slots in device memory, the loads under way into them, and who touched each slot last."""
 
-    def __init__(self, device: Device, store: ExpertStore, cache: ExpertCache, reads_in_flight: int):
-        self.store, self.cache, self.layout = store, cache, store.layout
-        self.queue = device.workers("expert-read", reads_in_flight)
+    def __init__(self, device: Device, store: ExpertStore, cache: ExpertCache, transport: Transport):
+        self.store, self.cache, self.layout, self.transport = store, cache, store.layout, transport
         self.late = 0
         self.bytes_demand = self.bytes_prefetch = 0
         self._slots: list[Any] = []  # slot -> uint8 [slot_bytes]
         self.cache_bytes = self._allocate(device)
-        self._loading: dict[int, Event] = {}  # key -> its load, until seen done
-        self._touched: dict[int, Event] = {}  # slot -> the last load into it or kernel that reads it
+        self._loading: dict[int, Any] = {}  # key -> its load, until seen done
+        self._touched: dict[int, Any] = {}  # slot -> the last load into it or kernel that reads it
         self._matrices: dict[int, dict[str, Matrix]] = {}  # slot -> what lies in it
 
     def _allocate(self, device: Device) -> int:
         total = 0
         for index, pool in enumerate(self.cache.pools):
             size = self.store.slot_bytes(index)
-            memory = device.pinned(size * pool.slots)
+            memory = device.alloc(size * pool.slots)
             self._slots += [memory[i * size : (i + 1) * size] for i in range(pool.slots)]
             total += size * pool.slots
         return total
@@ -88,10 +86,16 @@ class ExpertMover:
         for one in held:
             self._touched[one.slot] = event
 
+    def wait(self, stream: Any, ready: Any, reason: str) -> None:
+        """Work of ``stream`` from here on waits for a load; raises what kept it from being begun."""
+        self.transport.wait(stream, ready, reason)
+
     def counters(self) -> dict[str, int]:
         """Hits, misses, evictions and bytes over all size classes since they were last reset."""
-        pools = self.cache.pools
+        pools, before = self.cache.pools, self.transport.pools
         return {
+            "host_hits": sum(p.counters.hits for p in before),
+            "host_misses": sum(p.counters.misses for p in before),
             "hits": sum(p.counters.hits for p in pools),
             "misses": sum(p.counters.misses for p in pools),
             "evictions": sum(p.counters.evictions for p in pools),
@@ -108,27 +112,34 @@ class ExpertMover:
                 self.cache.forget(key)
         self._loading.clear()
         self._touched.clear()
+        self.transport.recover()
+
+    def empty(self) -> None:
+        """With the queue idle: no expert is resident, and the policy has seen nothing."""
+        self.cache = self.cache.fresh()
+        self._loading.clear()
+        self._touched.clear()
+        self.transport.empty()
 
     def _hold(self, key: int, slot: int) -> Held:
         event = self._loading.get(key)
         if event is not None and event.done():
-            event.synchronize()  # raises what the load raised
+            if event.error is not None:
+                raise event.error
             del self._loading[key]
             event = None
         if event is not None:
             self.late += 1
-            self.queue.promote(event, DEMAND)
+            self.transport.promote(event, DEMAND)
         return Held(key, key % self.cache.expert_count, slot, event, self._matrices[slot])
 
     def _start(self, load: Load, urgency: int) -> Held:
         if load.evicted is not None:
             pending = self._loading.pop(load.evicted, None)
             if pending is not None:  # an unused prefetch not here yet: it must not queue behind its successor
-                self.queue.promote(pending, urgency)
+                self.transport.promote(pending, urgency)
         memory = self._slots[load.slot]
-        event = self.queue.submit(
-            lambda: self.store.read(load.key, memory), urgency, self._touched.get(load.slot), f"load {load.key}"
-        )
+        event = self.transport.start(load.key, memory, urgency, self._touched.get(load.slot))
         self._loading[load.key] = self._touched[load.slot] = event
         self._matrices[load.slot] = self._describe(load.key, memory)
         return Held(load.key, load.key % self.cache.expert_count, load.slot, event, self._matrices[load.slot])

@@ -28,6 +28,7 @@ from moe_ref.model import divisors
 from moe_ref.rope import Rope, scaled_tables
 
 WAIT_EXPERTS = "expert load"
+NOTHING = np.empty((0, 0), np.float32)
 
 
 def distinct(ids: np.ndarray) -> list[int]:
@@ -38,13 +39,13 @@ def distinct(ids: np.ndarray) -> list[int]:
 class Routes(NamedTuple):
     """What a layer's router said of T tokens."""
 
-    ids: Any  # int64 [T, k], best first
-    weights: Any  # [T, k]
-    router: Any  # logits [T, E]
-    ahead: Any = None  # int64 [T, k]: what the next layer's router said of the stream before this layer's experts
+    ids: np.ndarray  # int32 [T, k], best first
+    weights: np.ndarray  # [T, k]
+    router: np.ndarray  # logits [T, E]
+    ahead: np.ndarray | None = None  # int32 [T, k]: the next layer's router on the stream before this layer's experts
 
 
-RouteObserver = Callable[[int, Routes], None]  # told (layer, routes), in device memory that the next layer reuses
+RouteObserver = Callable[[int, Routes], None]  # told (layer, routes), in memory that the next layer reuses
 
 
 class Forward:
@@ -63,7 +64,7 @@ class Forward:
         self.stream = device.stream("compute")
         self.observe: RouteObserver | None = None
         self._launch: Callable[..., None] = partial(device.launch, stream=self.stream)
-        self._decode_scratch = Scratch(device)
+        self._decode_scratch = Scratch(device, self.stream)
         self._rotations = self._distinct_rotations()
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
@@ -83,16 +84,17 @@ class Forward:
     def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
         """The residual stream before the first layer, and what depends on the positions alone."""
         c = self.config
-        scratch = self._decode_scratch if len(tokens) == 1 else Scratch(self.device)
+        scratch = self._decode_scratch if len(tokens) == 1 else Scratch(self.device, self.stream)
         positions = kv.length + np.arange(len(tokens))
         x = scratch("x", len(tokens), c.embedding_length)
-        self._launch("embed", table=self.weights.token_embd, ids=tokens, out=x)
+        ids = scratch.put("tokens", tokens.astype(np.int32))
+        self._launch("embed", table=self.weights.token_embd, ids=ids, out=x)
         if c.embedding_scale != 1.0:
             self._launch("scale", x=x, factor=c.embedding_scale)
         heat = {layer.index: temperature(c, layer, positions) for layer in c.layers} if c.temperature else {}
         return Pass(
-            config=c, launch=self._launch, scratch=scratch, kv=kv, tables=self._tables(positions),
-            temperature={i: t.astype(np.float32) for i, t in heat.items() if t is not None}, x=x,
+            config=c, launch=self._launch, scratch=scratch, kv=kv, tables=self._tables(positions, scratch), x=x,
+            temperature={i: scratch.put(f"heat {i}", t.astype(np.float32)) for i, t in heat.items() if t is not None},
         )  # fmt: skip
 
     def _distinct_rotations(self) -> dict[tuple[Rope, str | None], list[int]]:
@@ -104,11 +106,13 @@ class Forward:
                 found.setdefault(key, []).append(layer.index)
         return found
 
-    def _tables(self, positions: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    def _tables(self, positions: np.ndarray, scratch: Scratch) -> dict[int, tuple[Any, Any]]:
         """Cosines and sines [T, n_rot/2] of each layer that has rotary positions."""
-        tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        tables: dict[int, tuple[Any, Any]] = {}
         for (rope, name), layers in self._rotations.items():
-            tables |= dict.fromkeys(layers, scaled_tables(positions, rope, self.weights.divisors.get(name or "", 1.0)))
+            cos, sin = scaled_tables(positions, rope, self.weights.divisors.get(name or "", 1.0))
+            pair = scratch.put(f"cos {layers[0]}", cos), scratch.put(f"sin {layers[0]}", sin)
+            tables |= dict.fromkeys(layers, pair)
         return tables
 
     def _head(self, run: Pass, x: Any) -> np.ndarray:
@@ -122,8 +126,9 @@ class Forward:
             self._launch("scale", x=logits, factor=1 / c.logit_scale)
         if c.final_logit_softcapping:
             self._launch("softcap", x=logits, limit=c.final_logit_softcapping)
+        host = self.device.fetch("logits", logits, self.stream)
         self.stream.record().synchronize()
-        return logits
+        return host if self.device.is_unified else host.copy()
 
     def _mix(self, block: Block) -> None:
         mixer, last = MIXERS[block.layer.mixer]
@@ -148,6 +153,7 @@ class Forward:
         ahead = self._ahead(block)
         h, logits = networks.router_logits(block)
         ids, weights = networks.route(block, logits)
+        routes = self._fetched(layer, ids, weights, logits, ahead)
         routed = self.stream.record()
         parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
         given = weights if c.quirks.weigh == "input" else None
@@ -155,18 +161,28 @@ class Forward:
         buffers = {"x": h, "ids": ids, "parts": parts, "weights": given, "activation": c.quirks.activation, **extra}
         routed.synchronize()  # the routes are on the host now
         if self.observe is not None:
-            self.observe(layer, Routes(ids, weights, logits, ahead))
+            self.observe(layer, routes)
         if self.prefetcher.predicts:
-            self.prefetcher.observe(layer, ids.tolist())
-        expected = self.prefetcher.predict([] if ahead is None else ahead.tolist()) if self._leads_on(layer) else []
-        others = self._experts(block, Routes(ids, weights, logits), expected, buffers)
+            self.prefetcher.observe(layer, routes.ids.tolist())
+        guess = [] if routes.ahead is None else routes.ahead.tolist()
+        expected = self.prefetcher.predict(guess) if self._leads_on(layer) else []
+        others = self._experts(block, routes, expected, buffers)
         networks.join(block, parts, weights, others)
+
+    def _fetched(self, layer: int, ids: Any, weights: Any, logits: Any, ahead: Any) -> Routes:
+        """The routes in host memory, valid after the stream's next event; what nobody asks for is left behind."""
+        asked = self.observe is not None or self._wants_scores(layer, len(ids))
+        fetch = partial(self.device.fetch, stream=self.stream)
+        told = (fetch("weights", weights), fetch("router", logits)) if asked else (NOTHING, NOTHING)
+        return Routes(fetch("ids", ids), told[0], told[1], None if ahead is None else fetch("ahead", ahead))
 
     def _experts(self, block: Block, routes: Routes, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
         """Launch the experts that were chosen; returns what is beside them, computed while the first are loaded."""
         assert self.mover is not None
         layer = block.layer.index
         waves = self.mover.waves(layer, distinct(routes.ids))
+        if not self.device.is_unified:  # such a device cannot look into memory of its own to group tokens by experts
+            buffers |= {"on_host": routes.ids, "first": True}
         held = self.mover.acquire(layer, waves[0], scores=self._scores(layer, routes))
         others = networks.beside(block, buffers["x"])
         for following in (*waves[1:], None):
@@ -174,31 +190,36 @@ class Forward:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})
             kept = self._keep(layer, held)
             ahead = self.mover.acquire(layer, following, kept) if following is not None and kept else None
-            self._compute(layer, held, buffers)
+            self._compute(held, buffers)
             held = self.mover.acquire(layer, following) if following is not None and ahead is None else ahead or []
         return others
 
     def _scores(self, layer: int, routes: Routes) -> Scores | None:
         """What the router said of a single token, for policies that ask."""
-        assert self.mover is not None
-        if len(routes.ids) > 1 or not self.mover.cache.pool(layer).policy.wants_scores:
+        if not self._wants_scores(layer, len(routes.ids)):
             return None
         return Scores(routes.weights[0].tolist(), softmax(routes.router)[0].tolist())
+
+    def _wants_scores(self, layer: int, n_tokens: int) -> bool:
+        assert self.mover is not None
+        return n_tokens == 1 and self.mover.cache.pool(layer).policy.wants_scores
 
     def _keep(self, layer: int, held: Sequence[Held]) -> set[int]:
         """What to pin while the next wave loads: this wave, unless the pool has a single slot."""
         assert self.mover is not None
         return {one.key for one in held} if self.mover.cache.pool(layer).slots > 1 else set()
 
-    def _compute(self, layer: int, held: Sequence[Held], buffers: dict[str, Any]) -> None:
+    def _compute(self, held: Sequence[Held], buffers: dict[str, Any]) -> None:
         """Launch what is here at once, then each of the others when it has come."""
         assert self.mover is not None
         here = [one for one in held if one.ready is None]
         for several in ([here] if here else []) + [[one] for one in held if one.ready is not None]:
             for one in several:
                 if one.ready is not None:
-                    self.stream.wait(one.ready, WAIT_EXPERTS)
+                    self.mover.wait(self.stream, one.ready, WAIT_EXPERTS)
             wanted = np.array([one.expert for one in several])
             three = {name: [one.matrices[name] for one in several] for name in MATRICES}
             self._launch("experts", wanted=wanted, **three, **buffers)
+            if not self.device.is_unified:
+                buffers["first"] = False
         self.mover.used(held, self.stream.record())

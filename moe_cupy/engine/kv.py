@@ -91,6 +91,5 @@ def _bytes(shape: Shape, kind: str) -> int:
 
 
 def _array(device: Device, shape: Shape, kind: str) -> Any:
-    memory = device.alloc(_bytes(shape, kind))
-    memory[...] = 0  # takes the pages now: memory in use does not grow with the text
+    memory = device.upload(np.zeros(_bytes(shape, kind), np.uint8))  # its pages are taken now, not as the text grows
     return memory.view(KV_TYPES[kind]).reshape(shape)

@@ -45,7 +45,7 @@ def router_logits(block: Block, ahead: str = "") -> tuple[Any, Any]:
 def route(block: Block, logits: Any, ahead: str = "") -> tuple[Any, Any]:
     """Expert ids [T, k], best first, and their weights [T, k]."""
     c = block.config
-    ids = block.buffer(ahead + "ids", c.expert_used_count, dtype=np.int64)
+    ids = block.buffer(ahead + "ids", c.expert_used_count, dtype=np.int32)
     weights = block.buffer(ahead + "weights", c.expert_used_count)
     block.launch(
         "route", logits=logits, scale=c.expert_weights_scale, renormalise=c.renormalise, ids=ids, weights=weights,

@@ -28,6 +28,8 @@ class Stats:
     bytes_prefetch: int = 0  # loaded ahead of use
     bytes_wasted: int = 0  # of those, evicted unused
     stall_us: int = 0  # compute waited for expert loads
+    host_hits: int = 0  # of loads to a device with memory of its own: the expert was in page-locked memory
+    host_misses: int = 0  # or had to be read from the file first
 
     @property
     def tokens(self) -> int:

@@ -21,7 +21,6 @@ from moe_ref.tensors import View, predicts_further
 
 Views = Mapping[str, View]
 EXPERTS = {matrix: f"ffn_{matrix}_exps" for matrix in MATRICES}
-EXPERT_BIASES = {matrix: f"{stem}.bias" for matrix, stem in EXPERTS.items()}
 EXPANDED = ("ssm_conv1d", "attn_kv_b")  # tensors of two axes that are not multiplied with as they are stored
 ROUTER_NORM = "router_norm"  # gemma4's: ffn_gate_inp.scale / sqrt(D), the weight of a norm before the router
 
@@ -46,12 +45,14 @@ class LayerWeights:
     linears: dict[str, Linear] = field(default_factory=dict)
     norms: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # weight, bias or None
     vectors: dict[str, Any] = field(default_factory=dict)  # float32
-    scales: dict[str, np.ndarray] = field(default_factory=dict)  # on the host: experts' [E], layer's [1]
+    scales: dict[str, np.ndarray] = field(default_factory=dict)  # on the host: the layer's [1]
 
     def of_experts(self) -> dict[str, Any]:
-        """Scales [E] and biases [E, rows] of the routed experts' products, as the op ``experts`` takes them."""
-        scales = {m: self.scales[stem] for m, stem in EXPERTS.items() if stem in self.scales}
-        biases = {m: self.vectors[stem] for m, stem in EXPERT_BIASES.items() if stem in self.vectors}
+        """Scales [E] and biases [E, rows] of the products of the routed experts, as the op ``experts`` takes them."""
+        scales, biases = (
+            {m: self.vectors[f"{stem}.{end}"] for m, stem in EXPERTS.items() if f"{stem}.{end}" in self.vectors}
+            for end in ("scale", "bias")
+        )
         return {"scales": scales, "biases": biases}
 
 
@@ -73,9 +74,7 @@ class _Uploader:
 
     def upload(self, raw: np.ndarray) -> Any:
         self.nbytes += raw.nbytes
-        target = self.device.alloc(raw.nbytes)
-        target[...] = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)  # at load time: nothing overlaps with it
-        return target
+        return self.device.upload(raw)
 
     def raw(self, name: str) -> np.ndarray:
         view = self.views[name]
@@ -115,7 +114,7 @@ class _Uploader:
                 if end == "bias":
                     made.vectors[stem + ".bias"] = self.vector(name)
                 elif end == "scale":
-                    made.scales[stem] = self.values(name)
+                    made.vectors[stem + ".scale"] = self.vector(name)
             elif stem == "ffn_gate_inp" and end == "scale" and self.views[name].shape != (1,):
                 made.norms[ROUTER_NORM] = self.router_norm(name), None
             elif stem == "attn_kv_b":

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-U = 2.0**-24
-
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -20,12 +18,3 @@ class Case:
     buffers: dict[str, Any]
     outputs: tuple[str, ...]
     allowed: Callable[[], dict[str, np.ndarray | float]]
-
-
-def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return rng.normal(0, 1, shape).astype(np.float32)
-
-
-def empty(*shape: int) -> np.ndarray:
-    """An output that nothing has been written to yet."""
-    return np.full(shape, np.nan, np.float32)

@@ -15,36 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.kernels.case import Case, U, empty, normal
+from moe_cupy.kernels.case import Case
 from moe_cupy.kernels.layer_cases import layer_cases
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.reference import expand
+from moe_cupy.kernels.samples import U, normal, random_matrix, unset
 from moe_ref.experts import ACTIVATIONS
 from moe_ref.quants import BY_NAME
-
-SCALES_AT = {  # bytes of a block where its half-precision scales and minimums stand
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": (),
-}  # fmt: skip
-FINER = {"IQ4_NL": 8, "IQ4_XS": 8}  # their codes stand for values up to 127
-
-
-def random_matrix(rng: np.random.Generator, kind: str, rows: int, cols: int) -> Matrix:
-    """Random blocks of a format, with scales that make weights of ordinary size (about 0.05)."""
-    t = BY_NAME[kind]
-    if t.block_elements == 1:
-        values = rng.normal(0, 0.05, (rows, cols)).astype(np.float32)
-        bits = (values.view(np.uint32) >> 16).astype("<u2")
-        data = {"F32": values, "F16": values.astype("<f2"), "BF16": bits}[kind].view(np.uint8)
-        return Matrix(kind, rows, cols, np.ascontiguousarray(data).reshape(-1))
-    blocks = rng.integers(0, 256, (rows * cols // t.block_elements, t.block_bytes), dtype=np.uint8)
-    size = 2.0 ** -(3 + t.row_bytes(t.block_elements) * 8 // t.block_elements) / FINER.get(kind, 1)
-    for at in SCALES_AT[kind]:
-        scales = rng.uniform(-size, size, len(blocks)) / (32 if t.block_elements == 256 else 1)
-        blocks[:, at : at + 2] = scales.astype("<f2").view(np.uint8).reshape(-1, 2)
-    if kind == "MXFP4":
-        blocks[:, 0] = rng.integers(119, 122, len(blocks))  # the exponent of a power of two, 127 for one
-    return Matrix(kind, rows, cols, blocks.reshape(-1))
 
 
 def sum_error(x: np.ndarray, w: Matrix) -> np.ndarray:
@@ -79,10 +56,10 @@ def linear_cases(rng: np.random.Generator, kind: str, cols: int, rows: int) -> I
         w, x = random_matrix(rng, kind, rows, cols), normal(rng, n_tokens, cols)
         label, old = f"{kind} {n_tokens}x{cols}x{rows}{' + bias' * bool(extra)}", normal(rng, n_tokens, rows)
         error, buffers = linear_error(x, w, **extra), {"x": x, "w": w, **extra}
-        yield Case("linear", label, buffers | {"out": empty(n_tokens, rows)}, ("out",), partial(dict, out=error))
+        yield Case("linear", label, buffers | {"out": unset(n_tokens, rows)}, ("out",), partial(dict, out=error))
         added = error + 2 * U * (np.abs(old) + np.abs(x @ expand(w).T) + np.abs(extra.get("bias", 0)))
         yield Case("linear_add", label, buffers | {"out": old}, ("out",), partial(dict, out=added))
-    buffers = {"table": w, "ids": np.array([rows - 1, 0, 3], np.int64), "out": empty(3, cols)}
+    buffers = {"table": w, "ids": np.array([rows - 1, 0, 3], np.int32), "out": unset(3, cols)}
     yield Case("embed", kind, buffers, ("out",), lambda: {"out": 0.0})
 
 
@@ -100,10 +77,11 @@ def heads_case(rng: np.random.Generator, kind: str, cols: int, extra: dict[str, 
 
 def experts_case(rng: np.random.Generator, kind: str, width: int, activation: str, full: bool) -> Case:
     """Two of five routed experts, all matrices of one type; ``full`` has scales, biases and weights of the input."""
-    wanted, ids = np.array([3, 1]), np.argsort(rng.random((4, 5)), axis=1)[:, :3].copy()
+    wanted, ids = np.array([3, 1]), np.argsort(rng.random((4, 5)), axis=1)[:, :3].astype(np.int32)
     three = {name: [random_matrix(rng, kind, width, width) for _ in wanted] for name in ("gate", "up", "down")}
     x, weights = normal(rng, 4, width) * 2, np.abs(normal(rng, 4, 3)) if full else None
-    scales = {name: np.exp2(normal(rng, 5)) for name in ("down", "up")} if full else {}
+    factors = {"down": (0.5, 1.5, 2, 1, 3), "up": (2, 0.75, 1, 0.25, 1)} if full else {}
+    scales = {name: np.array(values, np.float32) for name, values in factors.items()}
     biases = {name: normal(rng, 5, width) for name in three} if full else {}
     parts = np.zeros((4, 3, width), np.float32)
     error = np.zeros(parts.shape)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.kernels.case import Case, U, empty, normal
+from moe_cupy.kernels.case import Case
+from moe_cupy.kernels.samples import U, normal, unset
 from moe_ref.experts import ACTIVATIONS
 from moe_ref.rope import rope_tables
 
@@ -82,7 +83,7 @@ def attention_case(rng: np.random.Generator, shape: tuple[int, ...], n_past: int
         score = (k_width + 4) * U * scale * heat * np.einsum("thk,shk->ths", np.abs(q), keys).max()
         return {"out": (2 * score + (seen + 16) * U) * float(np.abs(v[:seen]).max())}
 
-    buffers = {"q": q, "k": k, "v": v, "n_past": n_past, "scale": scale, "out": empty(t, h, v_width), **options}
+    buffers = {"q": q, "k": k, "v": v, "n_past": n_past, "scale": scale, "out": unset(t, h, v_width), **options}
     return Case("attention", f"{shape} after {n_past} {' '.join(options)}", buffers, ("out",), allowed)
 
 
@@ -109,12 +110,12 @@ def delta_cases(rng: np.random.Generator) -> Iterator[Case]:
         rows = np.abs(np.concatenate([before, x]))
         total = 6 * U * sum(rows[i : i + t] * np.abs(kernel[:, i]) for i in range(4))
         convolved = 1.1 * total + 8 * U * total / (6 * U)
-        buffers = {"x": x, "before": before, "kernel": kernel, "after": empty(3, 12), "out": empty(t, 12)}
+        buffers = {"x": x, "before": before, "kernel": kernel, "after": unset(3, 12), "out": unset(t, 12)}
         yield Case("convolve", f"{t}x12x4", buffers, ("out", "after"), partial(dict, out=convolved, after=0.0))
     alpha, beta, dt, a = normal(rng, 5, 6), normal(rng, 5, 6), normal(rng, 6), -np.abs(normal(rng, 6))
     product = np.abs(np.logaddexp(0, alpha + dt) * a)
     fade = np.exp(-product) * U * (np.abs(a) * (np.abs(alpha) + np.abs(dt)) + 8 * (product + 1))
-    buffers = {"alpha": alpha, "beta": beta, "dt": dt, "a": a, "fade": empty(5, 6), "share": empty(5, 6)}
+    buffers = {"alpha": alpha, "beta": beta, "dt": dt, "a": a, "fade": unset(5, 6), "share": unset(5, 6)}
     yield Case("delta_gates", "5x6", buffers, ("fade", "share"), lambda: {"fade": fade, "share": 6 * U})
     yield from (delta_rule_case(rng, t, tiled) for t, tiled in ((5, False), (1, True), (9, True)))
 
@@ -132,7 +133,7 @@ def delta_rule_case(rng: np.random.Generator, t: int, tiled: bool) -> Case:
     matrix = t * (2 * s + 16) * U * longest
     buffers = {
         "qkv": qkv, "fade": fade, "share": share, "key_heads": keys, "epsilon": 1e-6, "tiled": tiled,
-        "before": before, "after": empty(heads, s, s), "out": empty(t, heads, s),
+        "before": before, "after": unset(heads, s, s), "out": unset(t, heads, s),
     }  # fmt: skip
     bounds: Any = partial(dict, after=matrix, out=s**-0.5 * (matrix + (s + 6) * U * longest))
     return Case("delta_rule", f"{t}x6x8{' tiled' * tiled}", buffers, ("out", "after"), bounds)
@@ -148,7 +149,7 @@ def route_case(rng: np.random.Generator, shape: tuple[int, int, int], renormalis
     label = f"{n_tokens}x{experts} top-{used} {options or ''}"
     if options.pop("bias", False):
         options["bias"] = normal(rng, experts) / 2
-    ids, weights = np.full((n_tokens, used), -1, np.int64), empty(n_tokens, used)
+    ids, weights = np.full((n_tokens, used), -1, np.int32), unset(n_tokens, used)
     buffers = {"logits": logits, "scale": 2.5, "renormalise": renormalise, "ids": ids, "weights": weights, **options}
     relative = (experts + used + 16) * U * 2.5
     return Case("route", label, buffers, ("ids", "weights"), lambda: {"ids": 0.0, "weights": relative})

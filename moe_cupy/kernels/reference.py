@@ -137,7 +137,7 @@ def route(
 
 
 def experts(
-    x: np.ndarray, ids: np.ndarray, wanted: np.ndarray, gate: Any, up: Any, down: Any, parts: np.ndarray, *,
+    x: np.ndarray, ids: np.ndarray, wanted: np.ndarray, gate: Any, up: Any, down: Any, *, parts: np.ndarray,
     activation: str = "silu", weights: Any = None, scales: Any = None, biases: Any = None,
 ) -> None:  # fmt: skip
     scales, biases = scales or {}, biases or {}

@@ -46,22 +46,17 @@ class Cache:
 
     def access(self, layer: int, event: Event, scores: Scores | None) -> tuple[list[int], list[int]]:
         """(misses, evicted) of one event; a newcomer that is not admitted counts among both."""
-        self.policy.begin(layer, event, scores)
         resident = self.resident
         missing = [key for key in event if key not in resident]
-        if not missing:
-            return missing, []
-        return missing, self._admit(missing) if self.admission else self._replace(missing, event)
-
-    def _replace(self, missing: list[int], event: Event) -> list[int]:
-        """Every newcomer takes a free slot or that of a victim outside the event."""
-        evicted = []
-        for key in missing:
-            if len(self.resident) == self.slots:
-                evicted.append(self._evict(event))
-            self.resident.add(key)
-            self.policy.admit(key)
-        return evicted
+        if self.admission:
+            self.policy.begin(layer, event, scores)
+            return missing, self._admit(missing)
+        evicted = self.policy.event(layer, event, missing, self.slots - len(resident), (), scores)
+        if missing:
+            resident.difference_update(evicted)
+            resident.update(missing)
+            assert len(resident) <= self.slots, "an event has more experts than there are slots"
+        return missing, evicted
 
     def _admit(self, missing: list[int]) -> list[int]:
         """All newcomers come in, then the worst of all go until the slots suffice."""

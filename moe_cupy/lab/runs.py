@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ LIMITS = ("belady", "belady-admit")  # always in the results
 ORACLE = "oracle"  # the predictor that is always right
 ALL_POLICIES = (*POLICIES, "echo-admit", *OFFLINE)
 ALL_PREFETCHERS = (*PREFETCHERS, ORACLE)
+Policies = Mapping[str, Callable[[Geometry], Policy]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,9 @@ def _knowing(path: str, tokens: int | None, profile: str | None) -> dict[str, Ca
     return knowing(_trace(path, tokens), read_trace(profile) if profile else None)
 
 
-def policy_of(job: Job) -> Callable[[Geometry], Policy]:
+def policy_of(job: Job, policies: Policies) -> Callable[[Geometry], Policy]:
     """What makes the job's policy. Raises ValueError, listing the names, for one that is unknown."""
-    table = POLICIES | _knowing(job.routes, job.tokens, job.profile)
+    table = {**policies, **_knowing(job.routes, job.tokens, job.profile)}
     for name in (job.policy, job.policy.removesuffix(ADMIT)):
         if name in table:
             return table[name]
@@ -75,12 +76,12 @@ def predictor_of(job: Job, trace: RouteTrace, expert_bytes: int) -> tuple[Prefet
     return PREFETCHERS[job.prefetch](), trace.ahead
 
 
-def run(job: Job) -> dict[str, Any]:
-    """One row of results."""
+def run(job: Job, policies: Policies = POLICIES) -> dict[str, Any]:
+    """One row of results; ``policies`` are the causal ones by name."""
     trace = _trace(job.routes, job.tokens)
     size = job.expert_bytes or expert_bytes_of(trace.meta)
     slots = slots_of(trace, job.capacity)
-    caches = make_caches(trace, policy_of(job), slots, job.scope, job.policy.endswith(ADMIT))
+    caches = make_caches(trace, policy_of(job, policies), slots, job.scope, job.policy.endswith(ADMIT))
     predictor, early = predictor_of(job, trace, size)
     return row_of(job, slots, size, simulate(trace, caches, predictor, job.machine, size, early))
 
@@ -138,15 +139,17 @@ def jobs(routes: Sequence[str], policy: str, prefetch: str, capacities: Sequence
     return made
 
 
-def run_all(todo: Sequence[Job], processes: int | None = None) -> Iterator[dict[str, Any]]:
+def run_all(
+    todo: Sequence[Job], processes: int | None = None, policies: Policies = POLICIES
+) -> Iterator[dict[str, Any]]:
     """Rows in the order of the jobs; unknown names and impossible capacities are told before anything long begins."""
     for job in todo:
         trace = _trace(job.routes, job.tokens)
-        make_caches(trace, policy_of(job), slots_of(trace, job.capacity), job.scope, False)
+        make_caches(trace, policy_of(job, policies), slots_of(trace, job.capacity), job.scope, False)
         predictor_of(job, trace, 1)
     processes = processes or os.cpu_count() or 1
     if processes == 1 or len(todo) < 4:
-        yield from map(run, todo)
+        yield from (run(job, policies) for job in todo)
         return
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(run, todo)
+        yield from pool.map(partial(run, policies=policies), todo)

@@ -101,21 +101,18 @@ class Simulation:
 
     def fetch_ahead(self, layer: int, experts: Sequence[int], event: Sequence[int]) -> None:
         """Queue what the predictor expects of ``layer``; asked for when the router of the layer before had spoken."""
-        cache, policy, first = self.caches[layer], self.caches[layer].policy, layer * self._experts
+        cache, first = self.caches[layer], layer * self._experts
         keys = [first + e for e in experts][: max(0, cache.slots - len(event))]
         pinned = {*event, *keys}
         for key in keys:
             if key in cache.resident:
                 continue
-            if len(cache.resident) == cache.slots:
-                victim = policy.victim(pinned)
-                if victim is None:
-                    return
-                cache.resident.remove(victim)
-                policy.evict(victim)
-                self._drop([victim])
+            leaving = cache.policy.exchange([key], cache.slots - len(cache.resident), pinned)
+            if not leaving and len(cache.resident) == cache.slots:
+                return
+            cache.resident.difference_update(leaving)
+            self._drop(leaving)
             cache.resident.add(key)
-            policy.admit(key)
             self._unused.add(key)
             self.out.prefetched += 1
             self._links.prefetch(key, self._compute_from)

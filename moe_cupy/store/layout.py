@@ -80,6 +80,11 @@ def expert_layout(file: GGUFFile, views: Mapping[str, View], block_count: int, e
     paths: list[Path] = []
     names = [[f"blk.{layer}.ffn_{matrix}_exps.weight" for matrix in MATRICES] for layer in range(block_count)]
     layers = tuple(tuple(_tensor(file, paths, n, views[n]) for n in three if n in views) for three in names)
+    return make_layout(expert_count, layers, tuple(paths))
+
+
+def make_layout(expert_count: int, layers: tuple[tuple[Tensor, ...], ...], paths: tuple[Path, ...]) -> Layout:
+    """The layout of these segments [L], with layers of the same types and shapes in one size class."""
     representative = {_signature(tensors): tensors for tensors in reversed(layers) if tensors}
     order = list(dict.fromkeys(_signature(tensors) for tensors in layers if tensors))  # by first appearance
     return Layout(
@@ -87,5 +92,5 @@ def expert_layout(file: GGUFFile, views: Mapping[str, View], block_count: int, e
         layers=layers,
         class_of_layer=tuple(order.index(_signature(tensors)) if tensors else -1 for tensors in layers),
         classes=tuple(representative[signature] for signature in order),
-        paths=tuple(paths),
+        paths=paths,
     )

@@ -6,8 +6,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,32 +19,48 @@ from moe_cupy.tools.machine import cpu_name
 from moe_ref import __version__
 from moe_ref.inspect import describe
 
+COUNTED = ("prompt_tokens", "prompt_seconds", "generated_tokens", "generated_seconds", "hits", "misses", "late",
+           "evictions", "bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_us")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """What is timed: a prompt in one go, then tokens one by one, after ``n_depth`` tokens that are not timed."""
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """llama-bench's name: pp512, tg128, pp512+tg128, pp512 @ d4096."""
+        parts = [f"{kind}{n}" for kind, n in (("pp", self.n_prompt), ("tg", self.n_gen)) if n]
+        return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
+
+    @property
+    def context(self) -> int:
+        """Tokens that the context must hold."""
+        return self.n_depth + self.n_prompt + self.n_gen
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One test: samples in tokens per second, and the counters over all its repetitions."""
+    """One test: the time of each repetition, and the counters over all of them."""
 
-    test: str
-    n_prompt: int
-    n_gen: int
+    test: Test
     samples_ns: tuple[int, ...]
     stats: Stats
 
     @property
     def samples_ts(self) -> list[float]:
         """Tokens per second of each repetition."""
-        return [1e9 * (self.n_prompt + self.n_gen) / ns for ns in self.samples_ns]
+        return [1e9 * (self.test.n_prompt + self.test.n_gen) / ns for ns in self.samples_ns]
 
 
-def _prompt(engine: Engine, tokens: np.ndarray) -> None:
-    engine.reset()
-    engine.prefill(tokens)
-
-
-def _generate(engine: Engine, tokens: np.ndarray) -> None:
-    engine.reset()
-    for token in tokens:
-        engine.decode(int(token))
+def tests_of(prompts: Sequence[int], gens: Sequence[int], pairs: Sequence[Test], depths: Sequence[int]) -> list[Test]:
+    """llama-bench's order: prompts, generations, pairs; each at all depths."""
+    plain = [Test(n, 0) for n in prompts if n] + [Test(0, n) for n in gens if n]
+    return [replace(test, n_depth=depth) for test in [*plain, *pairs] for depth in depths if test.context]
 
 
 def forced_tokens(engine: Engine, count: int, given: Sequence[int] | None) -> np.ndarray:
@@ -56,21 +72,39 @@ def forced_tokens(engine: Engine, count: int, given: Sequence[int] | None) -> np
     return np.random.default_rng(0).integers(0, engine.config.vocab_size, count)
 
 
-def run_test(engine: Engine, n_prompt: int, n_gen: int, repeat: int, warmup: bool, given: Any) -> Result:
-    """pp (prompt in one go) or tg (token by token from an empty context); tokenising and sampling not timed."""
-    count = n_prompt or n_gen
-    tokens = forced_tokens(engine, count, given)
-    work: Callable[[Engine, np.ndarray], None] = _prompt if n_prompt else _generate
+def run_test(engine: Engine, test: Test, repeat: int, warmup: bool, given: Any) -> Result:
+    """Time ``repeat`` repetitions from an empty context; tokenising and sampling are not part of it.
+
+    Without ``warmup`` each repetition finds no expert resident; otherwise it finds what the one before left.
+    """
+    tokens = forced_tokens(engine, test.context, given)
     if warmup:
-        work(engine, tokens[: max(1, count // 4)])
-    engine.reset_stats()
-    samples = []
+        _repetition(engine, replace(test, n_prompt=-(-test.n_prompt // 4), n_gen=-(-test.n_gen // 4)), tokens)
+    runs = []
     for _ in range(repeat):
-        start = time.perf_counter_ns()
-        work(engine, tokens)
-        samples.append(time.perf_counter_ns() - start)
-    name = f"pp{n_prompt}" if n_prompt else f"tg{n_gen}"
-    return Result(name, n_prompt, n_gen, tuple(samples), engine.stats)
+        if not warmup:
+            engine.empty_cache()
+        runs.append(_repetition(engine, test, tokens))
+    return Result(test, tuple(ns for ns, _ in runs), _sum([stats for _, stats in runs]))
+
+
+def _repetition(engine: Engine, test: Test, tokens: np.ndarray) -> tuple[int, Stats]:
+    """Nanoseconds and counters of one repetition, without those of the depth."""
+    depth, prompt, gen = np.split(tokens[: test.context], [test.n_depth, test.n_depth + test.n_prompt])
+    engine.reset()
+    if len(depth):
+        engine.prefill(depth)
+    engine.reset_stats()
+    start = time.perf_counter_ns()
+    if len(prompt):
+        engine.prefill(prompt)
+    for token in gen:
+        engine.decode(int(token))
+    return time.perf_counter_ns() - start, engine.stats
+
+
+def _sum(runs: Sequence[Stats]) -> Stats:
+    return replace(runs[0], **{name: sum(getattr(stats, name) for stats in runs) for name in COUNTED})
 
 
 def as_record(engine: Engine, result: Result, warm: bool) -> dict[str, Any]:
@@ -92,10 +126,10 @@ def as_record(engine: Engine, result: Result, warm: bool) -> dict[str, Any]:
         "type_k": o.cache_type_k,
         "type_v": o.cache_type_v,
         "n_gpu_layers": 0,
-        "n_prompt": result.n_prompt,
-        "n_gen": result.n_gen,
-        "n_depth": 0,
-        "test_time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "n_prompt": result.test.n_prompt,
+        "n_gen": result.test.n_gen,
+        "n_depth": result.test.n_depth,
+        "test_time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "avg_ns": int(statistics.mean(result.samples_ns)),
         "stddev_ns": int(_deviation(result.samples_ns)),
         "avg_ts": statistics.mean(ts),
@@ -133,12 +167,23 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             f"{r['cache_slots']} slots, {r['cache_bytes'] / 2**20:.0f} MiB",
             r["policy"],
             r["prefetch"],
-            ("pp" if r["n_prompt"] else "tg") + str(r["n_prompt"] or r["n_gen"]),
+            Test(r["n_prompt"], r["n_gen"], r["n_depth"]).name,
             f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
             f"{r['hit_rate']:.3f}",
             f"{r['bytes_per_token'] / 2**20:.2f}",
             f"{r['stall_us'] / 1000 / tokens:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    state = "warm" if records and records[0]["warm"] else "cold"
-    return "\n".join([*lines, "", f"{state} cache at the start of each test; {cpu_name()}, {os.cpu_count()} cores"])
+    return "\n".join([*lines, "", _footer(records)])
+
+
+def _footer(records: Sequence[dict[str, Any]]) -> str:
+    """In which state the caches were, and on what machine."""
+    if not records:
+        return ""
+    first = records[0]
+    warm = "warm: each repetition finds the experts that the one before left"
+    cold = "cold: no expert is resident at the start of a repetition"
+    how = first["direct_io"] or "no routed experts"
+    page = "" if "O_DIRECT" in how or not first["experts"] else "; the system's page cache may hold the file"
+    return f"{warm if first['warm'] else cold}; {how}{page}; {cpu_name()}, {os.cpu_count()} cores"

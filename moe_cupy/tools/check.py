@@ -12,6 +12,7 @@ import numpy as np
 from moe_cupy.device.base import Device
 from moe_cupy.kernels.cases import Case, all_cases
 from moe_cupy.kernels.host.matmul import SUPPORTED
+from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.table import OPS
 from moe_ref.model import Model
 
@@ -50,12 +51,39 @@ def error_over_tolerance(case: Case, device: Device) -> float:
     """Run a case on the device and in the reference; the worst element's error as a share of its bound."""
     got, want = _copy(case.buffers), _wide(case.buffers, case.outputs)
     OPS[case.op].reference(**want)
-    device.launch(case.op, device.stream("check"), **got)
-    device.synchronize()
+    launch_on(device, case.op, got, case.outputs)
     if any(not np.array_equal(got[name], case.buffers[name], equal_nan=True) for name in _inputs(case)):
         return float("inf")  # an op that writes into what it reads
     allowed = case.allowed()
     return max(_ratio(got[name], want[name], allowed[name]) for name in case.outputs)
+
+
+def launch_on(device: Device, op: str, buffers: dict[str, Any], outputs: tuple[str, ...]) -> None:
+    """Run an op on host arrays, which get the result, whatever memory the device has."""
+    stream = device.stream("check")
+    if device.is_unified:
+        device.launch(op, stream, **buffers)
+        device.synchronize()
+        return
+    sent = {name: value if name == "wanted" else _sent(device, value) for name, value in buffers.items()}
+    extra = {"on_host": buffers["ids"]} if "wanted" in buffers else {}
+    device.launch(op, stream, **sent, **extra)
+    arrays = [name for name, value in buffers.items() if isinstance(value, np.ndarray) and name != "wanted"]
+    fetched = {name: device.fetch(name, sent[name], stream) for name in arrays}
+    stream.record().synchronize()
+    for name in arrays:
+        buffers[name][...] = fetched[name]
+
+
+def _sent(device: Device, value: Any) -> Any:
+    """A buffer in device memory, those inside it too."""
+    if isinstance(value, np.ndarray):
+        return device.upload(value).view(value.dtype).reshape(value.shape)
+    if isinstance(value, Matrix):
+        return Matrix(value.type, value.rows, value.cols, device.upload(value.data))
+    if isinstance(value, dict):
+        return {name: _sent(device, one) for name, one in value.items()}
+    return [_sent(device, one) for one in value] if isinstance(value, list) else value
 
 
 def _inputs(case: Case) -> list[str]:

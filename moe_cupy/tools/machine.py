@@ -87,4 +87,43 @@ def facts(folder: str) -> Iterator[tuple[str, str]]:
     rate, how = disk_gbps(folder)
     yield "disk", f"{rate:.2f} GB/s in 1 MiB reads one at a time, {how} ({Path(folder).resolve()})"
     yield "pinned memory", f"limit {pin_limit()}"
-    yield "GPU", missing_for_cuda()
+    yield from facts_of_gpu()
+
+
+def has_gpu() -> bool:
+    """Whether CuPy is here and finds a GPU."""
+    try:
+        import cupy
+    except ImportError:
+        return False
+    return bool(cupy.cuda.is_available())
+
+
+def facts_of_gpu() -> Iterator[tuple[str, str]]:
+    """Name, memory, driver and bus of the first GPU, and CuPy's version; what is missing where there is none."""
+    if not has_gpu():
+        yield "GPU", missing_for_cuda()
+        return
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    about = runtime.getDeviceProperties(0)
+    sizes = f"{about['totalGlobalMem'] / 2**30:.1f} GiB, L2 {about['l2CacheSize'] / MIB:.0f} MiB"
+    yield "GPU", f"{about['name'].decode()}, compute {about['major']}.{about['minor']}, {sizes}"
+    driver, used = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime.driverGetVersion(), runtime.runtimeGetVersion()))
+    yield "CUDA", f"driver for {driver}, runtime {used}, CuPy {cupy.__version__}"
+    yield "PCIe", pcie_link(runtime.deviceGetPCIBusId(0))
+
+
+def pcie_link(bus: str, devices: Path = Path("/sys/bus/pci/devices")) -> str:
+    """Speed and width of a device's link, now (idle GPUs slow it down) and at most."""
+    folder = devices / bus.lower()
+    try:
+        now, most = (
+            f"{(folder / f'{kind}_link_speed').read_text().split(' PCIe')[0].strip()} x"
+            f"{(folder / f'{kind}_link_width').read_text().strip()}"
+            for kind in ("current", "max")
+        )
+    except OSError:
+        return f"{bus}; this system does not say how fast its link is"
+    return f"{bus}, now {now}, at most {most}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_cupy.cache import BudgetError, Request, SizeClass, allot, parse_cache
+from moe_cupy.device import memory
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -223,3 +225,36 @@ def test_a_refusal_says_what_was_asked_and_why():
         allot(Request(slots=3), two, 4)
     with pytest.raises(BudgetError, match=r"slots:4 = 400 bytes = 33\.34% of 12 experts"):  # a third, rounded up
         allot(Request(share=Fraction(1, 4)), one, 4)
+
+
+STAT = "cache 5000\ninactive_file {0}\ntotal_inactive_file {0}\n"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ((None, None, 1000), (1000 - 300 + 40, 1000)),  # of the group itself
+        ((None, 900, 1000), (900 - 300 + 40, 900)),  # the one above is tighter
+        ((500, None, None), (500 - 300 + 40, 500)),  # only the top has one
+        ((None, None, None), (sys.maxsize, sys.maxsize)),
+        ((None, None, 200), (0, 200)),  # more used than allowed
+    ],
+)
+def test_free_memory_is_what_the_tightest_control_group_leaves(tmp_path, monkeypatch, version, limits, expected):
+    mount, limit_file, used_file, _ = memory.VERSIONS[version]
+    folder = tmp_path / mount
+    for name, limit in zip(("", "outer", "inner"), limits, strict=True):
+        folder /= name
+        folder.mkdir(exist_ok=True)
+        unlimited = 9223372036854771712 if version == 1 else "max"  # as the kernel writes it
+        (folder / limit_file).write_text(f"{unlimited if limit is None else limit}\n")
+        (folder / used_file).write_text("300\n")
+        (folder / "memory.stat").write_text(STAT.format(40))
+    (tmp_path / "membership").write_text("9:name=systemd:/x\n4:memory:/outer/inner\n0::/outer/inner\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+    free, limit = memory._control_group()
+    assert (free, limit) == expected or min(free, limit, *expected) > 1 << 62
+    (tmp_path / "membership").unlink()  # the top still counts
+    assert memory._control_group()[1] == limits[0] if limits[0] else memory._control_group()[1] > 1 << 62

@@ -13,17 +13,19 @@ import pytest
 from moe_cupy.cache import ExpertCache
 from moe_cupy.cache.policies import LRU
 from moe_cupy.kernels.cuda import launches, sources
-from moe_cupy.kernels.cuda.cases import Case, Output, expand, normal, quantized, random_matrix, unset
+from moe_cupy.kernels.cuda.cases import Case, Output, quantized
 from moe_cupy.kernels.cuda.check import all_cases
 from moe_cupy.kernels.cuda.emulation import build as building
 from moe_cupy.kernels.cuda.emulation.build import FAST, BuildError, Flavour, build, compiler
 from moe_cupy.kernels.cuda.emulation.library import LaunchError, Library, emulated
+from moe_cupy.kernels.cuda.emulation.sketch import Sketch
 from moe_cupy.kernels.cuda.launches import Launch, Pointers, Residency
+from moe_cupy.kernels.reference import expand
+from moe_cupy.kernels.samples import normal, random_matrix, unset
 from moe_ref.quants import FORMATS as DECODERS
 from moe_ref.quants import dequantize
 
-BLOCKS = (32, 64, 128, 256)
-EXACT = {"argmax", "clamp", "fill", "group_by_expert", "kv_store", "quantize_q8", "resolve"}
+EXACT = {"argmax", "clamp", "fill", "group_by_expert", "kv_store", "kv_store_q8_0", "quantize_q8", "resolve", "top_k"}
 CHAINS = ("delta_recur", "gemv_naive")  # one long sum a thread: its bound is far above what random errors add up to
 
 
@@ -40,16 +42,35 @@ def label(case: Case, block: int, seed: int) -> str:
     return f"{case.label}, blocks of {block}, lane order {seed}"
 
 
-@pytest.mark.parametrize(("block", "order"), [*((block, 0) for block in BLOCKS), (64, 1), (128, 2)])
-def test_every_kernel_stays_within_its_tolerance(library, block, order):
-    shuffled = Library(build(), order)
-    worst: dict[str, float] = defaultdict(float)
-    for case in all_cases(block, seed=block + order):
+def run_cases(block: int, order: int, formats: tuple[str, ...]) -> dict[str, float]:
+    """The worst share of its tolerance that each kernel used."""
+    shuffled, worst = Library(build(), order), defaultdict[str, float](float)
+    for case in all_cases(block, formats, seed=block + order):
         share = case.run(shuffled.launch)
         assert share <= 1, f"{label(case, block, order)}: off by {share} of what is allowed"
         for one in case.launches:
             worst[one.kernel] = max(worst[one.kernel], share)
-    assert set(worst) | {"resolve", "fill", "kv_store_q8_0"} == set(sources.kernels()), (
+    return worst
+
+
+# Every other block size and order of lanes with a few formats of each kind here, with all of them in the slow test.
+OTHERS = [(32, 0), (128, 0), (256, 0), (64, 1), (128, 2)]
+
+
+@pytest.mark.parametrize(("block", "order"), OTHERS)
+def test_kernels_are_right_at_any_block_size_and_order_of_lanes(library, block, order):
+    run_cases(block, order, ("F16", "Q8_0", "Q5_K", "IQ3_S", "TQ1_0"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "order"), OTHERS)
+def test_all_formats_are_right_at_any_block_size_and_order_of_lanes(library, block, order):
+    run_cases(block, order, sources.FORMATS)
+
+
+def test_every_kernel_stays_within_its_tolerance(library):
+    worst = run_cases(64, 0, sources.FORMATS)
+    assert set(worst) | {"resolve", "fill"} == set(sources.kernels()), (
         "a kernel without a case is not checked"
     )
     for kernel, share in worst.items():
@@ -233,3 +254,40 @@ def test_an_output_compares_as_it_says():
     assert Output(got, np.array([1.5, np.nan, 2.0]), 0.25).ratio() == 2
     assert Output(got, np.array([1.0, 0.0, 2.0]), 1.0).ratio() == np.inf
     assert Output(got[:1], np.array([1.0]), 0.0).ratio() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sketches
+
+DOUBLE = """KERNEL(twice)(float* x, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i %s n) x[i] *= 2.f;
+}"""
+SWAP = """KERNEL(turn)(float* x) {
+    SHARED(float, s);
+    s[threadIdx.x] = x[threadIdx.x];
+    BARRIER
+    x[threadIdx.x] = s[blockDim.x - 1 - threadIdx.x];
+}"""
+
+
+def test_a_sketch_runs_and_is_watched(library):
+    x = np.arange(40, dtype=np.float32)
+    Sketch(DOUBLE % "<")(2, 32, x, 40)
+    assert np.array_equal(x, 2 * np.arange(40))
+    assert not Sketch(DOUBLE % "<").bounds(2, 32, x, 40)
+    assert "heap-buffer-overflow" in Sketch(DOUBLE % "<=").bounds(2, 32, x, 40)
+    right, wrong = (Sketch(SWAP.replace("BARRIER", barrier)) for barrier in ("__syncthreads();", ""))
+    for seed in (0, 3):
+        y = np.arange(64, dtype=np.float32)
+        right(1, 64, y, shared_bytes=256, seed=seed)
+        assert np.array_equal(y, np.arange(63, -1, -1))
+    assert not right.races(1, 64, y, shared_bytes=256)
+    assert "data race" in wrong.races(1, 64, y, shared_bytes=256)
+
+
+def test_a_text_that_is_no_sketch_is_refused(library):
+    with pytest.raises(BuildError, match="this text has 0"):
+        Sketch("int x;")
+    with pytest.raises(LaunchError, match="2 arguments; it takes 1"):
+        Sketch(SWAP.replace("BARRIER", ""))(1, 32, None, 2)

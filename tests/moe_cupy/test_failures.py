@@ -154,10 +154,12 @@ def test_the_watch_above_catches_missing_waits(model, tokens, monkeypatch, bug):
     with Engine(model, cache="slots:2", _device=HostDevice(2, inline=False)) as engine:
         engine.logits(tokens)
         watch = SlotWatch(engine, monkeypatch)
+        queue, submit = engine.mover.transport.queue, engine.mover.transport.queue.submit
         if bug == "loads do not wait for kernels":
-            submit = engine.mover.queue.submit
-            monkeypatch.setattr(engine.mover.queue, "submit", lambda work, urgency, after, name: submit(work, urgency))
+            monkeypatch.setattr(queue, "submit", lambda work, urgency, after, name: submit(work, urgency))
         else:
+            slow = lambda work: lambda: (time.sleep(0.005), work())  # noqa: E731  a load that takes longer than a launch
+            monkeypatch.setattr(queue, "submit", lambda work, *order: submit(slow(work), *order))
             monkeypatch.setattr(engine.forward.stream, "wait", lambda event, reason: None)
         engine.logits(tokens)
     assert watch.wrong

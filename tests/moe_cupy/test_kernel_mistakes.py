@@ -206,7 +206,7 @@ MISTAKES: list[tuple[str, str, Callable[..., None]]] = [
     ("experts", "the middle is rounded to half precision", round_between),
     ("experts", "results go to the next rank", next_rank),
     ("experts", "experts are exchanged", change("experts", wanted=lambda wanted, **_: wanted[::-1].copy())),
-    ("experts", "only the first is computed", change("experts", wanted=lambda wanted, **_: np.array([wanted[0], 9]))),
+    ("experts", "only the first is computed", change("experts", wanted=lambda wanted, **_: np.array([wanted[0], 0]))),
     ("experts", "tokens that did not choose it are written", then("experts", fill_others)),
     ("combine", "the old value is lost", instead_of_adding("combine")),
     ("combine", "the last rank is lost",

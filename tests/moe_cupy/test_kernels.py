@@ -15,11 +15,11 @@ from hypothesis.extra import numpy as hnp
 from moe_cupy.device import host
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.kernels.case import Case
-from moe_cupy.kernels.cases import SCALES_AT, random_matrix
 from moe_cupy.kernels.host import ops
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.layer_cases import attention_case
 from moe_cupy.kernels.matrix import Matrix
+from moe_cupy.kernels.samples import SCALES_AT, random_matrix
 from moe_cupy.kernels.table import OPS
 from moe_cupy.tools.check import check_ops, compare_logits, error_over_tolerance
 from moe_ref.quants import BY_NAME, dequantize
@@ -97,7 +97,7 @@ def any_bytes(kind: str, seed: int, rows: int, row_blocks: int) -> Matrix:
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_of_any_bytes_decode_to_the_references_bits(kind, seed):
     table = any_bytes(kind, seed, 60, 96 if BY_NAME[kind].block_elements == 1 else 5)
-    ids = np.random.default_rng(seed).permutation(table.rows)
+    ids = np.random.default_rng(seed).permutation(table.rows).astype(np.int32)
     out = np.full((table.rows, table.cols), -1, np.float32)
     ops.embed(ALONE, table, ids, out)
     want = weights(table)[ids]
@@ -110,7 +110,7 @@ def test_rows_of_any_bytes_decode_to_the_references_bits(kind, seed):
 def test_each_of_the_65536_halves_decodes_to_its_value(kind, dtype):
     every = np.arange(65536, dtype="<u2")
     out = np.empty((1, 65536), np.float32)
-    ops.embed(ALONE, Matrix(kind, 1, 65536, every.view(np.uint8)), np.zeros(1, np.int64), out)
+    ops.embed(ALONE, Matrix(kind, 1, 65536, every.view(np.uint8)), np.zeros(1, np.int32), out)
     want = every.view("<f2").astype(np.float32) if dtype else (every.astype(np.uint32) << 16).view(np.float32)
     same_bits(out[0], want, kind)
 
@@ -149,13 +149,12 @@ def test_other_ops_give_a_token_the_same_bits_alone_and_among_others(monkeypatch
     x, (gate, up, down) = q[:, 0, :32].copy(), [random_matrix(rng, "Q8_0", 32, 32) for _ in range(3)]
     mixed, parts = np.empty((7, 6, 24), np.float32), np.zeros((7, 2, 32), np.float32)
     ops.attention(split, q, k, v, 23, 0.1, mixed)
-    ids, wanted = np.tile([3, 5], (7, 1)), np.array([5])
-    three = {"gate": [gate], "up": [up], "down": [down]}
-    ops.experts(split, x, ids, wanted, parts=parts, **three)
+    ids, wanted = np.tile(np.array([3, 5], np.int32), (7, 1)), np.array([5])
+    ops.experts(split, x, ids, wanted, [gate], [up], [down], parts=parts)
     for t in range(7):
         alone, part = np.empty((1, 6, 24), np.float32), np.zeros((1, 2, 32), np.float32)
         ops.attention(ALONE, q[t : t + 1], k, v, 23 + t, 0.1, alone)
-        ops.experts(ALONE, x[t : t + 1], ids[:1], wanted, parts=part, **three)
+        ops.experts(ALONE, x[t : t + 1], ids[:1], wanted, [gate], [up], [down], parts=part)
         same_bits(alone[0], mixed[t], f"attention, token {t}")
         same_bits(part[0], parts[t], f"experts, token {t}")
     split.close()
@@ -198,7 +197,7 @@ def test_rope_turns_its_argument_by_the_angle_and_leaves_the_rest():
 
 
 def routed(logits: np.ndarray, used: int, renormalise: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    ids, chosen = np.full((len(logits), used), -1, np.int64), np.full((len(logits), used), np.nan, np.float32)
+    ids, chosen = np.full((len(logits), used), -1, np.int32), np.full((len(logits), used), np.nan, np.float32)
     ops.route(ALONE, np.ascontiguousarray(logits, np.float32), 1.0, renormalise, ids, chosen)
     return ids, chosen
 

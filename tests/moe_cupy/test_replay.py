@@ -331,8 +331,8 @@ def test_similarity_is_the_recurrence_and_the_best_are_the_best():
 
 def test_the_last_positions_of_the_ring():
     assert last_bits(3, 5) == 0b111000
-    assert last_bits(3, 0) == 1 | 1 << 511 | 1 << 510
-    assert last_bits(511, 7).bit_count() == 511 and not last_bits(511, 7) >> 8 & 1
+    assert last_bits(3, 0) == 1 | 1 << 1023 | 1 << 1022
+    assert last_bits(1023, 7).bit_count() == 1023 and not last_bits(1023, 7) >> 8 & 1
 
 
 def test_echo_learns_what_a_kind_of_token_does_next():

@@ -271,8 +271,9 @@ def test_the_check_of_rounded_models_fails_without_rounding():
 
 
 def test_rounded_results_do_not_depend_on_chunks_cache_or_threads(tmp_path):
-    path = tiny_moe(tmp_path / "m.gguf", Shape(width=256, inner=256, experts=8, used=3,
-                                               expert_types=(("Q4_K", "Q5_0", "Q6_K"), ("Q8_0", "Q8_0", "IQ4_XS"))))  # fmt: skip
+    types = ("Q4_K", "Q5_0", "Q6_K"), ("Q8_0", "Q8_0", "IQ4_XS")
+    shape = Shape(width=256, inner=256, experts=8, used=3, expert_types=types)
+    path = tiny_moe(tmp_path / "m.gguf", shape)
     tokens = np.random.default_rng(0).integers(0, 96, 40)
     with Engine(path, act="q8", cache="100%", threads=1) as engine:
         want = engine.logits(tokens)

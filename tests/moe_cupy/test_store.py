@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_cupy.device.host import HostDevice
-from moe_cupy.kernels.cases import random_matrix
+from moe_cupy.kernels.samples import random_matrix
 from moe_cupy.store import MATRICES, ExpertStore, Layout, RangeFile, StoreError, expert_layout
+from moe_cupy.store import experts as store_experts
+from moe_cupy.store.layout import Tensor, make_layout
 from moe_ref.gguf import GGUFFile, open_gguf
 from moe_ref.tensors import View
 from tests.gguf_writer import write_gguf
@@ -354,3 +356,51 @@ def test_a_failed_read_names_expert_layer_and_tensor(odd, monkeypatch):
     with pytest.raises(StoreError, match=rf"expert 3 of layer 2 \(blk\.2\.ffn_gate_exps\.weight\): {odd}: ends at"):
         store.read(2 * EXPERTS + 3, aligned(store.slot_bytes(0)))
     store.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several reads for one expert
+
+
+def test_a_large_segment_is_read_in_equal_pieces_that_fill_it_in_any_order(tmp_path, monkeypatch):
+    """Gate, up and down of 70,000, 70,000 and 140,000 bytes in pieces of at most 16 KiB."""
+    raw = content(3 * 280_000)
+    path = tmp_path / "large"
+    path.write_bytes(raw)
+    monkeypatch.setattr(store_experts, "PIECE", 16 << 10)
+    at = (("gate", 0, 70_000), ("up", 210_000, 70_000), ("down", 420_000, 140_000))
+    tensors = tuple(Tensor(n, "F16", 1, size // 2, offset, size, size) for n, offset, size in at)
+    store = ExpertStore(make_layout(3, (tensors,), (path,)))
+    for key in range(3):
+        slot = aligned(store.slot_bytes(0))
+        parts = store.parts(key, slot)
+        assert len(parts) >= 5 + 5 + 9
+        for i in np.random.default_rng(key).permutation(len(parts)):
+            parts[i]()
+        for view, (_, offset, size) in zip(store.views(key, slot).values(), at, strict=True):
+            assert view.tobytes() == raw[offset + key * size : offset + (key + 1) * size], key
+    store.close()
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, 1 << 20, (1 << 20) + 1, 2_654_208, 10 << 20])
+def test_pieces_are_few_equal_and_whole_pages(nbytes):
+    step = store_experts.piece_bytes(nbytes)
+    assert step % 4096 == 0 and step <= store_experts.PIECE
+    pieces = -(-nbytes // step)
+    assert pieces == -(-nbytes // store_experts.PIECE)
+    assert pieces * (step - 4096) < nbytes
+
+
+def test_matrices_side_by_side_are_one_run_and_others_are_not():
+    def tensor(offset: int, stride: int = 1000, file: int = 0) -> Tensor:
+        return Tensor(f"t{offset}", "F16", 1, 50, offset, 100, stride, file)
+
+    def lengths(*tensors: Tensor) -> list[int]:
+        return [len(run.tensors) for run in store_experts.runs_of(tensors)]
+
+    assert lengths(tensor(0), tensor(100), tensor(260)) == [3]  # 60 bytes of padding before the third
+    assert lengths(tensor(0), tensor(100), tensor(264)) == [2, 1]
+    assert lengths(tensor(0), tensor(5000), tensor(9000)) == [1, 1, 1]
+    assert lengths(tensor(0), tensor(100, stride=2000), tensor(200)) == [1, 1, 1]
+    assert lengths(tensor(0), tensor(100, file=1), tensor(200, file=1)) == [1, 2]
+    assert lengths(tensor(100), tensor(0), tensor(100)) == [1, 2]

@@ -239,6 +239,47 @@ def test_work_that_waits_for_less_urgent_work_does_not_block_it(device, count):
     assert sorted(seen) == ["first"] * count + ["then"] * count
 
 
+def test_parts_of_one_piece_of_work_run_at_the_same_time_and_end_together(device):
+    workers, gates = device.workers("q", 3), [Gate() for _ in range(3)]
+    whole = workers.submit(list(gates), 0)
+    for gate in gates:
+        gate.inside()  # all three are inside at once
+    gates[0].opened.set()
+    gates[2].opened.set()
+    time.sleep(TICK)
+    assert not whole.done(), "one part is still running"
+    gates[1].opened.set()
+    within(LONG, whole.synchronize)
+
+
+def test_parts_are_served_by_urgency_and_promotion_moves_those_that_have_not_begun(device):
+    workers, gate, seen = device.workers("q", 1), Gate(), []
+    workers.submit(gate, 0)
+    gate.inside()
+    note = [lambda name=name: seen.append(name) for name in "abcdef"]
+    late, urgent = workers.submit(note[:3], 2), workers.submit(note[3:5], 1)
+    workers.submit([lambda: workers.promote(late, 0), note[5]], 0)
+    gate.opened.set()
+    finish_or_free([late, urgent], LONG)
+    assert "".join(seen) == "abcfde", "promoted, it is the oldest of its urgency"
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_part_that_fails_fails_the_whole_once_every_part_has_ended(device, failing):
+    workers, gate, seen = device.workers("q", 2), Gate(), []
+    parts = [gate, lambda: seen.append(1), lambda: seen.append(2)]
+    parts.insert(failing, boom)
+    whole = workers.submit(parts, 0)
+    gate.inside()
+    time.sleep(TICK)
+    assert not whole.done(), "its memory is still being written"
+    gate.opened.set()
+    with pytest.raises(Boom):
+        within(LONG, whole.synchronize)
+    within(LONG, workers.drain)
+    assert seen == [1, 2]
+
+
 class Stress:
     """A random program over streams and queues; each event comes with the work (bits) that it must come after."""
 

@@ -18,16 +18,13 @@ from moe_cupy.kernels.cuda.emulation.library import arrays_of
 from moe_cupy.kernels.cuda.launches import Launch, Pointers
 from moe_cupy.kernels.cuda.sources import PER_FORMAT
 from moe_cupy.kernels.matrix import Matrix
-from moe_ref.quants import BY_NAME, dequantize
+from moe_cupy.kernels.reference import expand
+from moe_cupy.kernels.samples import U, normal, random_matrix, unset
+from moe_ref.quants import BY_NAME
 
-U = 2.0**-24
 Q8 = np.dtype([("d", "<f4"), ("sum", "<i2", 2), ("q", "i1", 32)])  # of prelude.cuh
 
-# Where a block has its half-precision scales, and where its quants lie in formats that have offsets.
-HALVES = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-}  # fmt: skip
+# Where the quants lie in formats that have offsets.
 QUANTS_OF_AFFINE = {
     "Q4_1": slice(4, 20), "Q5_1": slice(4, 24), "Q2_K": slice(16, 80), "Q4_K": slice(16, 144), "Q5_K": slice(16, 176),
 }  # fmt: skip
@@ -43,10 +40,10 @@ class Output:
 
     def ratio(self) -> float:
         """The worst error as a share of what is allowed; infinite for a NaN where a number should be."""
-        error = np.abs(self.got.astype(np.float64) - self.want)
-        allowed = np.broadcast_to(self.allowed, error.shape)
-        fine = (error == 0) | (np.isnan(self.got) & np.isnan(self.want))
+        fine = (self.got == self.want) | (np.isnan(self.got) & np.isnan(self.want))
         with np.errstate(invalid="ignore", divide="ignore"):
+            error = np.abs(self.got.astype(np.float64) - self.want)
+            allowed = np.broadcast_to(self.allowed, error.shape)
             share = np.where(fine, 0.0, error / allowed)
         return float(np.max(np.where(np.isnan(share), np.inf, share), initial=0.0))
 
@@ -76,40 +73,6 @@ class Case:
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """To the byte."""
     return a.tobytes() == b.tobytes()
-
-
-def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Float32 of unit variance."""
-    return rng.normal(0, 1, shape).astype(np.float32)
-
-
-def unset(*shape: int, dtype: Any = np.float32) -> np.ndarray:
-    """NaN, or a number that nobody expects."""
-    return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -77, dtype)
-
-
-def random_matrix(rng: np.random.Generator, kind: str, rows: int, cols: int) -> Matrix:
-    """Random bytes of a format, with scales that make weights of ordinary size (about 0.05)."""
-    t = BY_NAME[kind]
-    if t.block_elements == 1:
-        values = rng.normal(0, 0.05, (rows, cols)).astype(np.float32)
-        bits = (values.view(np.uint32) >> 16).astype("<u2")
-        data = {"F32": values, "F16": values.astype("<f2"), "BF16": bits}[kind].view(np.uint8)
-        return Matrix(kind, rows, cols, np.ascontiguousarray(data).reshape(-1))
-    blocks = rng.integers(0, 256, (rows * cols // t.block_elements, t.block_bytes), dtype=np.uint8)
-    size = 2.0 ** -(3 + t.block_bytes * 8 // t.block_elements) / (32 if t.block_elements == 256 else 1)
-    for at in HALVES.get(kind, ()):
-        blocks[:, at : at + 2] = rng.uniform(-size, size, len(blocks)).astype("<f2").view(np.uint8).reshape(-1, 2)
-    if kind == "MXFP4":
-        blocks[:, 0] = rng.integers(118, 125, len(blocks))
-    if kind == "NVFP4":
-        blocks[:, :4] = rng.integers(0, 48, (len(blocks), 4))  # subnormal scales included
-    return Matrix(kind, rows, cols, blocks.reshape(-1))
-
-
-def expand(w: Matrix) -> np.ndarray:
-    """float64 [rows, cols]."""
-    return dequantize(w.data, w.type, (w.rows, w.cols)).astype(np.float64)
 
 
 def offsets(w: Matrix) -> np.ndarray:
@@ -181,30 +144,34 @@ def heads_case(rng: np.random.Generator, kind: str, block: int) -> Case:
     return Case(f"{launch.kernel}, 3 heads", (launch,), (Output(out, want, error * (1 + 2 * U)),))
 
 
-def gemm_case(rng: np.random.Generator, kind: str, shape: tuple[int, int, int], add: bool = False) -> Case:
+def gemm_case(
+    rng: np.random.Generator, kind: str, shape: tuple[int, int, int], q8: bool = True, add: bool = False
+) -> Case:
     """One matrix, no grouping; shape is (T, rows, cols)."""
     n_tokens, rows, cols = shape
     w, bias = random_matrix(rng, kind, rows, cols), normal(rng, rows)
-    blocks, x = quantized(normal(rng, n_tokens, cols))
+    given, x = as_input(normal(rng, n_tokens, cols), q8)
     out = normal(rng, n_tokens, rows) if add else unset(n_tokens, rows)
     old = out.astype(np.float64) if add else 0.0
-    launch = launches.gemm(out, Pointers([w.data]), w, blocks, bias=bias, add=add)
-    return Case(f"{launch.kernel} {shape}", (launch,), (Output(out, x @ expand(w).T + bias + old, gemm_error(x, w)),))
+    launch = launches.gemm(out, Pointers([w.data]), w, given, bias=bias, add=add)
+    want = x @ expand(w).T + bias + old
+    return Case(f"{launch.kernel} {shape}", (launch,), (Output(out, want, gemm_error(x, w, q8)),))
 
 
-def gemm_error(x: np.ndarray, w: Matrix) -> np.ndarray:
-    """Allowed error of a gemm tile, where a thread adds all groups one after another; [T, rows]."""
+def gemm_error(x: np.ndarray, w: Matrix, q8: bool) -> np.ndarray:
+    """Allowed error of a gemm tile, where a thread adds all groups, or columns, one after another; [T, rows]."""
     magnitude = np.abs(expand(w)) + 2 * np.abs(offsets(w))
-    return (2 * w.cols // 32 + 10) * U * (np.abs(x) @ magnitude.T + 4)
+    depth = 2 * w.cols // 32 if q8 else w.cols
+    return (depth + 10) * U * (np.abs(x) @ magnitude.T + 4)
 
 
-def grouped_case(rng: np.random.Generator, kind: str, block: int) -> Case:
+def grouped_case(rng: np.random.Generator, kind: str, block: int, q8: bool, pipelined: bool = False) -> Case:
     """Pairs sorted by slot, then each slot's matrix times its own; one slot is empty and one pair has none."""
     n_tokens, used, slots, rows, cols = 41, 2, 5, 70, max(BY_NAME[kind].block_elements, 32) * 2
     matrices = [random_matrix(rng, kind, rows, cols) for _ in range(slots)]
     slot_of = rng.choice([0, 0, 1, 4, 2], (n_tokens, used)).astype(np.int32)
     slot_of[3, 1] = -1
-    blocks, x = quantized(normal(rng, n_tokens, cols))
+    given, x = as_input(normal(rng, n_tokens, cols), q8)
     order, first, out = unset(82, dtype=np.int32), unset(slots + 1, dtype=np.int32), unset(82, rows)
     by_slot = np.argsort(slot_of.ravel(), kind="stable")[1:]
     begins = np.searchsorted(np.sort(slot_of.ravel()), np.arange(slots + 1)) - 1
@@ -212,10 +179,10 @@ def grouped_case(rng: np.random.Generator, kind: str, block: int) -> Case:
     for pair, slot in enumerate(slot_of.ravel()):
         if slot >= 0:
             vector = x[pair // used : pair // used + 1]
-            want[pair], error[pair] = vector @ expand(matrices[slot]).T, gemm_error(vector, matrices[slot])
+            want[pair], error[pair] = vector @ expand(matrices[slot]).T, gemm_error(vector, matrices[slot], q8)
     sort = launches.group_by_expert(order, first, slot_of, block)
     table = Pointers([m.data for m in matrices])
-    product = launches.gemm(out, table, matrices[0], blocks, order, first, per_row=used, most=82)
+    product = launches.gemm(out, table, matrices[0], given, order, first, per_row=used, most=82, pipelined=pipelined)
     outputs = (Output(order, np.append(by_slot, -77)), Output(first, begins), Output(out, want, error))
     return Case(f"{product.kernel}, grouped", (sort, product), outputs)
 
@@ -248,10 +215,13 @@ def matrix_cases(rng: np.random.Generator, kind: str, block: int) -> Iterator[Ca
         yield gemv_case(rng, kind, (2, 5, -(-1100 // step) * step), block, q8)
     if t.block_elements == 1:
         yield gemv_case(rng, kind, (2, 9, 75), block, False)
-    else:
-        yield gemm_case(rng, kind, (33, 65, step))
-        yield gemm_case(rng, kind, (3, 7, 2 * step), add=True)
-        yield grouped_case(rng, kind, block)
+        yield gemm_case(rng, kind, (5, 66, 75), False, add=True)
+    for q8 in modes:
+        yield gemm_case(rng, kind, (33, 65, step), q8)
+        yield gemm_case(rng, kind, (3, 7, 2 * step), q8, add=True)
+        yield grouped_case(rng, kind, block, q8)
+    if kind in PER_FORMAT["gemm_pipelined"]:
+        yield grouped_case(rng, kind, block, True, pipelined=True)
     yield heads_case(rng, kind, block)
     if kind in PER_FORMAT["gemv_naive"]:
         yield naive_case(rng, kind, block)

@@ -10,22 +10,15 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.kernels.cuda import launches
-from moe_cupy.kernels.cuda.cases import (
-    Case,
-    Output,
-    U,
-    as_input,
-    expand,
-    normal,
-    random_matrix,
-    sum_error,
-    unset,
-)  # fmt: skip
+from moe_cupy.kernels.cuda.cases import Case, Output, as_input, sum_error
 from moe_cupy.kernels.cuda.launches import CacheRows, Launch, Pointers, Sight, Slots
+from moe_cupy.kernels.reference import expand
+from moe_cupy.kernels.samples import U, normal, random_matrix, unset
 from moe_ref import deltanet
 from moe_ref.attention import attend, sigmoid, visible
 from moe_ref.experts import ACTIVATIONS
 from moe_ref.norm import l2_norm, layer_norm, rms_norm
+from moe_ref.quants import quantize
 from moe_ref.rope import apply_rope, rope_tables
 from moe_ref.routing import route
 
@@ -195,6 +188,9 @@ def all_attention_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     yield from make((2, 4, 2, 64, 32), 40, Sight(0.3), kind="Q8_0")
     yield from make((2, 3, 1, 72, 64), 33, Sight(0.1))  # MLA: 64 of 72
     yield from make((2, 2, 2, 32, 32), 20, Sight(0.3, softcap=2.0))
+    yield from make((5, 2, 1, 256, 256), 20, Sight(256**-0.5), kind="F16")  # tiles of 16 positions
+    yield from make((3, 2, 1, 576, 512), 37, Sight(0.05, window=30))  # latent rows of 16
+    yield from make((2, 2, 2, 576, 512), 9, Sight(0.05))  # of 8, and of 4 in blocks of 256 threads
 
 
 def cache_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
@@ -206,6 +202,12 @@ def cache_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
         want[rows, 7:47] = x[:, :40]
         launch = launches.kv_store(cache, x, rows, column=7, width=40, block=block)
         yield Case(f"kv_store {np.dtype(dtype)}", (launch,), (Output(cache, want.astype(np.float64)),))
+    x, blocks = normal(rng, 3, 160), np.full((9, 6 * 34), 0xCD, np.uint8)
+    x[1, 32:64] = 0
+    want = blocks.copy()
+    want[rows, 34 : 5 * 34] = quantize(x[:, :128], "Q8_0")
+    launch = launches.kv_store(blocks, x, rows, column=32, width=128, block=block)
+    yield Case("kv_store_q8_0", (launch,), (Output(blocks, want),))
 
 
 def rope_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
@@ -321,6 +323,23 @@ def small_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     logits[0, [20, 700]], logits[1, 3], logits[2] = 9, np.nan, -np.inf
     best = np.array([20, np.nanargmax(logits[1]), 0, logits[3].argmax()])
     yield Case("argmax", (launches.argmax(ids, logits, block),), (Output(ids, best),))
+    yield from top_k_cases(rng, block)
+
+
+def top_k_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
+    """Ties, NaN and minus infinity; one part, several with a short last one, and all numbers there are."""
+    for n, k, splits in ((333, 1, 3), (40, 8, 4), (30, 30, 1), (330, 64, 5)):
+        logits = np.round(normal(rng, 3, n) * 8) / np.float32(8)  # many are equal
+        logits[0, : n // 2], logits[1, 3], logits[2, n // 3 :] = -np.inf, np.nan, -np.inf
+        seen = np.where(np.isnan(logits), -np.inf, logits)
+        want_ids = np.argsort(-seen, axis=-1, kind="stable")[:, :k]
+        shapes = (3, splits, k), (3, 1, k)
+        (values, best), (ids, chosen) = ([unset(*shape, dtype=t) for shape in shapes] for t in (np.float32, np.int32))
+        first = launches.top_k(values, ids, logits, block=block)
+        second = launches.top_k(best, chosen, values, ids, block=block)
+        largest = np.take_along_axis(seen, want_ids, -1)
+        outputs = Output(best, largest[:, None]), Output(chosen, want_ids[:, None])
+        yield Case(f"top_k {k} of {n} in {splits}", (first, second), outputs, (values, ids))
 
 
 def layer_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:

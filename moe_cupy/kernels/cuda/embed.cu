@@ -7,6 +7,6 @@ FORMAT_KERNEL(embed)(float* out, const uint8_t* table, const int* ids, int cols,
     if (g >= (cols + 31) / 32) return;
     const long long row = ids ? ids[blockIdx.x] : blockIdx.x;
     out += (long long)blockIdx.x * cols;
-    Rows<FORMAT>::decode(table + row * row_bytes<FORMAT>(cols), g, cols, out);
+    Rows<FORMAT>::decode(table + row * row_bytes<FORMAT>(cols), g, cols, out + 32 * g, 1);
     for (int i = 32 * g; i < min(32 * g + 32, cols); i++) out[i] *= scale;
 }

@@ -31,8 +31,9 @@ template <class F, bool quantized = F::QUANTIZED> struct Rows {
         for (int i = 32 * g; i < min(32 * g + 32, cols); i++) sum += F::value(row, i) * x[i];
         return sum;
     }
-    static __device__ __forceinline__ void decode(const uint8_t* row, int g, int cols, float* out) {
-        for (int i = 32 * g; i < min(32 * g + 32, cols); i++) out[i] = F::value(row, i);
+    // The same elements to out[0], out[step], ...
+    static __device__ __forceinline__ void decode(const uint8_t* row, int g, int cols, float* out, int step) {
+        for (int i = 0; i < min(32, cols - 32 * g); i++) out[i * step] = F::value(row, 32 * g + i);
     }
 };
 template <class F> struct Rows<F, true> {
@@ -61,10 +62,10 @@ template <class F> struct Rows<F, true> {
         if (F::OFFSET) sum += w.offset[0] * (float)a.sum[0] + w.offset[1] * (float)a.sum[1];
         return a.d * sum;
     }
-    static __device__ __forceinline__ void decode(const uint8_t* row, int g, int, float* out) {
+    static __device__ __forceinline__ void decode(const uint8_t* row, int g, int, float* out, int step) {
         const Group w = F::load(row, g);
 #pragma unroll
-        for (int i = 0; i < 32; i++) out[32 * g + i] = element<F>(w, i);
+        for (int i = 0; i < 32; i++) out[i * step] = element<F>(w, i);
     }
 };
 

@@ -7,18 +7,28 @@ kernel ``name_FORMAT`` for each tensor format that the file is compiled for.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_cupy.kernels.cuda.codebooks import tables
+
 HERE = Path(__file__).parent
 # Prepended to every source, in this order.
-HEADERS = tuple(f"{name}.cuh" for name in "prelude formats kformats rows activation attention".split())
+HEADERS = tuple(
+    f"{name}.cuh" for name in "prelude formats kformats gridformats rows tiles activation attention".split()
+)
 
 PLAIN_FORMATS = ("F32", "F16", "BF16")
-BLOCK_FORMATS = tuple("Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split())
+GRID_FORMATS = tuple("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0".split())  # gridformats.cuh
+BLOCK_FORMATS = (
+    *"Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split(), *GRID_FORMATS,
+)  # fmt: skip
 FORMATS = (*PLAIN_FORMATS, *BLOCK_FORMATS)
 CACHE_FORMATS = ("F32", "F16", "Q8_0")  # of the KV cache
+
+GRIDS = "gridformats.cuh"
 
 # Files that are compiled once for each of some formats; all other files once.
 PER_FORMAT: dict[str, tuple[str, ...]] = {
@@ -28,6 +38,8 @@ PER_FORMAT: dict[str, tuple[str, ...]] = {
     "expert_gate_up": FORMATS,
     "expert_down": FORMATS,
     "gemm": BLOCK_FORMATS,
+    "gemm_float": FORMATS,
+    "gemm_pipelined": ("Q8_0", "Q4_K", "MXFP4"),
     "attention_decode": CACHE_FORMATS,
     "attention_prefill": CACHE_FORMATS,
 }
@@ -72,11 +84,21 @@ def text_of(stem: str, folder: Path = HERE) -> str:
     return (folder / f"{stem}.cu").read_text("utf-8")
 
 
+def headers(formats: Iterable[str], folder: Path = HERE) -> Iterator[tuple[Path, str]]:
+    """(header, text that goes before it) of all that units of these formats need; codebooks are text alone."""
+    with_grids = not set(GRID_FORMATS).isdisjoint(formats)
+    for name in HEADERS:
+        if name != GRIDS:
+            yield folder / name, ""
+        elif with_grids:
+            yield folder / name, tables()
+
+
 def program(unit: Unit, folder: Path = HERE) -> str:
     """All the text that a compiler needs for one unit, headers first; no file is included."""
-    headers = [(folder / name).read_text("utf-8") for name in HEADERS]
+    before = [text + path.read_text("utf-8") for path, text in headers([unit.format], folder)]
     defines = [f"#define {name} {value}" for name, value in unit.defines.items()]
-    return "\n".join([*headers, *defines, text_of(unit.stem, folder)])
+    return "\n".join([*before, *defines, text_of(unit.stem, folder)])
 
 
 def _parameter(text: str) -> tuple[str, str]:

@@ -100,7 +100,7 @@ def outer(state, layer, middle, experts, starts, results):
 
 
 @njit(
-    "void(i8[::1], i8[:, ::1], f4[:, ::1], UniTuple(i8[:, ::1], 2),"
+    "void(i8[::1], i8[:, ::1], f4[:, ::1], Tuple((i4[:, ::1], i8[:, ::1])),"
     "Tuple((i8, f4[:, ::1], f4[:, ::1], UniTuple(f4[:, ::1], 3))), f4[:, :, ::1])",
     nogil=True,
     cache=True,

@@ -333,7 +333,7 @@ def matmul_heads(layout, shape, data, x, y, first, last):
             y[t, i // rows, i % rows] = dot(row, x[t, i // rows, :cols])
 
 
-@njit("void(i8, i8, u1[::1], i8[::1], f4[:, ::1], i8, i8)", nogil=True, cache=True)
+@njit("void(i8, i8, u1[::1], i4[::1], f4[:, ::1], i8, i8)", nogil=True, cache=True)
 def embed_rows(kind, row_bytes, data, ids, y, first, last):
     """y[t] = W[ids[t]] for t in first..last-1; y [T, cols]."""
     for t in range(first, last):

@@ -50,7 +50,7 @@ def _multiply(split: Split, x: np.ndarray, w: Matrix, y: np.ndarray, scale: floa
 
 
 def embed(split: Split, table: Matrix, ids: np.ndarray, out: np.ndarray) -> None:
-    """out[t] = table[ids[t]]; ids int64 [T], out [T, D]."""
+    """out[t] = table[ids[t]]; ids int32 [T], out [T, D]."""
     kind, row_bytes = matmul.layout(table)
     split(matmul.embed_rows, len(ids), table.cols, kind, row_bytes, table.data, ids, out)
 
@@ -248,7 +248,7 @@ def route(
     groups: int = 1,
     groups_used: int = 1,
 ) -> None:
-    """Router logits [T, E] -> ids int64 [T, k], best first, and weights [T, k].
+    """Router logits [T, E] -> ids int32 [T, k], best first, and weights [T, k].
 
     ``bias`` [E] steers the selection alone, which is by probability or ``by_logit``, and within the best groups.
     """
@@ -261,10 +261,10 @@ def experts(
     x: np.ndarray,
     ids: np.ndarray,
     wanted: np.ndarray,
-    *,
     gate: Sequence[Matrix],
     up: Sequence[Matrix],
     down: Sequence[Matrix],
+    *,
     parts: np.ndarray,
     activation: str = "silu",
     weights: Vector = None,
@@ -278,14 +278,15 @@ def experts(
     """
     scales, biases = scales or {}, biases or {}
     if all(products.takes(several[0], split.crew.act) for several in (gate, up, down)):
-        three = gate, up, down
-        run_experts(split.crew, x, (ids, wanted, three), (activation, weights, scales, biases), parts)
+        matrices = gate, up, down
+        run_experts(split.crew, x, (ids, wanted, matrices), (activation, weights, scales, biases), parts)
         return
-    for e, *own_three in zip(wanted.tolist(), gate, up, down, strict=True):
+    for e, *three in zip(wanted.tolist(), gate, up, down, strict=True):
         chosen = np.nonzero(ids == e)
         given = x[chosen[0]] if weights is None else x[chosen[0]] * weights[chosen][:, None]
-        own = {n: (float(scales[n][e]) if n in scales else 1.0, biases[n][e] if biases else None) for n in MATRICES}
-        parts[chosen] = _expert(split, given, dict(zip(MATRICES, own_three, strict=True)), own, activation)
+        factors = {n: float(scales[n][e]) if n in scales else 1.0 for n in MATRICES}
+        own = {n: (factors[n], biases[n][e] if n in biases else None) for n in MATRICES}
+        parts[chosen] = _expert(split, given, dict(zip(MATRICES, three, strict=True)), own, activation)
 
 
 def _expert(split: Split, x: np.ndarray, three: Any, own: Any, activation: str) -> np.ndarray:

@@ -67,7 +67,7 @@ def mask_groups(choice, groups, used):
             choice[g * size : (g + 1) * size] = -np.inf
 
 
-@njit("void(f4[:, ::1], f4[::1], UniTuple(i8, 5), f4, i8[:, ::1], f4[:, ::1])", nogil=True, cache=True)
+@njit("void(f4[:, ::1], f4[::1], UniTuple(i8, 5), f4, i4[:, ::1], f4[:, ::1])", nogil=True, cache=True)
 def route(logits, bias, rule, scale, ids, weights):
     """logits [T, E], bias [E] or [0] (for selection alone) -> ids, weights [T, k], best first.
 

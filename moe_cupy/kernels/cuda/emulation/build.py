@@ -57,8 +57,10 @@ def compiler() -> str:
 
 def translation_unit(stem: str, folder: Path, formats: tuple[str, ...]) -> str:
     """C++ text that holds every kernel of one file: a namespace for each format, for names may repeat."""
-    lines = [f'#include "{HERE / "emulation.h"}"', *(f'#include "{folder / name}"' for name in sources.HEADERS)]
-    for unit in (unit for unit in sources.units(stem) if unit.format in ("", *formats)):
+    units = [unit for unit in sources.units(stem) if unit.format in ("", *formats)]
+    lines = [f'#include "{HERE / "emulation.h"}"']
+    lines += [f'{text}#include "{path}"' for path, text in sources.headers([unit.format for unit in units], folder)]
+    for unit in units:
         kernels = sources.kernels_of(unit, sources.text_of(stem, folder))
         lines += [f"#define {name} {value}" for name, value in unit.defines.items()]
         lines += [f"namespace unit_{stem}_{unit.format} {{", f'#include "{folder / stem}.cu"']

@@ -66,6 +66,7 @@ inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; i++) c += (int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);
     return c;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     uint64_t bytes = (uint64_t)high << 32 | low;
     unsigned out = 0;

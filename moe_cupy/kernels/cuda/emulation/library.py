@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_cupy.kernels.cuda.emulation.build import build
 from moe_cupy.kernels.cuda.launches import Launch, Pointers
-from moe_cupy.kernels.cuda.sources import kernels
+from moe_cupy.kernels.cuda.sources import Kernel, kernels
 
 MAX_BLOCK = 256  # threads; the kernels are compiled for no more
 TROUBLE_BYTES = 300
@@ -26,11 +26,11 @@ class LaunchError(RuntimeError):
     """A kernel was launched wrongly, or its threads wait for each other for ever."""
 
 
-def check(launch: Launch) -> None:
+def check(launch: Launch, known: dict[str, Kernel]) -> None:
     """Raise LaunchError for a launch that a GPU would refuse or misread."""
-    kernel = kernels().get(launch.kernel)
+    kernel = known.get(launch.kernel)
     if kernel is None:
-        raise LaunchError(f"{launch.kernel}: no such kernel; there are {', '.join(sorted(kernels()))}")
+        raise LaunchError(f"{launch.kernel}: no such kernel; there are {', '.join(sorted(known))}")
     if launch.block % 32 or not 0 < launch.block <= MAX_BLOCK:
         raise LaunchError(f"{launch.kernel}: {launch.block} threads; a block is a multiple of 32 up to {MAX_BLOCK}")
     if min(launch.grid) < 1:
@@ -65,10 +65,13 @@ def _value(kind: str, value: Any) -> Any:
 
 
 class Library:
-    """The compiled kernels. ``seed`` 0 runs lanes in order; another in a random order that it determines."""
+    """The compiled kernels. ``seed`` 0 runs lanes in order; another in a random order that it determines.
 
-    def __init__(self, path: Path, seed: int = 0) -> None:
-        self.seed = seed
+    ``known`` are the kernels of a library that is not the package's.
+    """
+
+    def __init__(self, path: Path, seed: int = 0, known: dict[str, Kernel] | None = None) -> None:
+        self.seed, self.known = seed, known or kernels()
         self._call = ctypes.CDLL(str(path)).emulation_launch
         self._call.argtypes = [
             ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p,
@@ -77,8 +80,8 @@ class Library:
 
     def launch(self, launch: Launch) -> None:
         """Run a kernel to its end; raises LaunchError."""
-        check(launch)
-        parameters = kernels()[launch.kernel].parameters
+        check(launch, self.known)
+        parameters = self.known[launch.kernel].parameters
         tables = [_addresses(value) if isinstance(value, Pointers) else None for value in launch.args]
         values = [
             _value(kind, value) if table is None else ctypes.cast(table, ctypes.c_void_p)
@@ -114,11 +117,11 @@ def _argument(kind: str, value: Any, index: dict[int, int]) -> bytes:
     return _number(ord("s")) + bytes(_value(kind, value)).ljust(8, b"\0")
 
 
-def _encode(launch: Launch, seed: int, index: dict[int, int]) -> Iterator[bytes]:
-    check(launch)
+def _encode(launch: Launch, seed: int, index: dict[int, int], known: dict[str, Kernel]) -> Iterator[bytes]:
+    check(launch, known)
     yield _buffer(launch.kernel.encode())
     yield from map(_number, (*launch.grid, launch.block, launch.shared_bytes, seed, len(launch.args)))
-    for (_, kind), value in zip(kernels()[launch.kernel].parameters, launch.args, strict=True):
+    for (_, kind), value in zip(known[launch.kernel].parameters, launch.args, strict=True):
         yield _argument(kind, value, index)
 
 
@@ -128,7 +131,10 @@ def arrays_of(launch: Launch) -> Iterator[np.ndarray]:
         yield from value.arrays if isinstance(value, Pointers) else [value] if isinstance(value, np.ndarray) else []
 
 
-def run_program(program: Path, launches: Sequence[Launch], seed: int = 0, timeout: float = 300) -> str:
+def run_program(
+    program: Path, launches: Sequence[Launch], seed: int = 0, timeout: float = 300,
+    known: dict[str, Kernel] | None = None,
+) -> str:  # fmt: skip
     """Run launches on copies of their arrays in a program of ``build``; the arrays then get what it wrote.
 
     Returns what the program said, empty if all went well; raises subprocess.TimeoutExpired.
@@ -141,7 +147,7 @@ def run_program(program: Path, launches: Sequence[Launch], seed: int = 0, timeou
             file.writelines([_number(len(arrays)), *(_buffer(array.tobytes()) for array in arrays)])
             file.write(_number(len(launches)))
             for launch in launches:
-                file.writelines(_encode(launch, seed, index))
+                file.writelines(_encode(launch, seed, index, known or kernels()))
         done = subprocess.run([program, given, result], capture_output=True, text=True, timeout=timeout)
         if done.returncode:
             return f"exit status {done.returncode}\n{done.stderr}"

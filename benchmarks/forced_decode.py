@@ -1,0 +1,72 @@
+"""This runtime on forced token ids 0, 1, 2, …, timed; the same arguments and answer as forced_decode.cpp.
+
+    python benchmarks/forced_decode.py MODEL -t THREADS -p N_PROMPT -n N_GEN -r REPEAT [--cold] [engine flags]
+
+Prints one line of JSON; times are of CLOCK_MONOTONIC, so that the caller can subtract when it started this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe_cupy.cli import add_engine
+from moe_cupy.engine import Engine, Options
+
+
+def measure(engine: Engine, args: argparse.Namespace) -> dict[str, object]:
+    """Tokens per second of each repetition, and when the first token was done."""
+    ids, prompts, gens, first = list(range(max(args.n_prompt, args.n_gen, 1))), [], [], 0.0
+    if not args.cold:
+        engine.decode(0)
+        first = time.monotonic()
+        if args.n_prompt:
+            engine.reset()
+            engine.prefill(ids[: args.n_prompt])
+    for _ in range(args.repeat if args.n_prompt else 0):
+        engine.reset()
+        start = time.monotonic()
+        engine.prefill(ids[: args.n_prompt])
+        prompts.append(args.n_prompt / (time.monotonic() - start))
+    engine.reset_stats()
+    for _ in range(args.repeat if args.n_gen else 0):
+        engine.reset()
+        start = time.monotonic()
+        for token in ids[: args.n_gen]:
+            engine.decode(token)
+            first = first or time.monotonic()
+        gens.append(args.n_gen / (time.monotonic() - start))
+    return {"first_token_at": first, "pp": prompts, "tg": gens, "tokens": args.n_gen}
+
+
+def main() -> None:
+    """Print the answer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_engine(parser)
+    parser.add_argument("-p", "--n-prompt", type=int, default=0)
+    parser.add_argument("-n", "--n-gen", type=int, default=0)
+    parser.add_argument("-r", "--repeat", type=int, default=1)
+    parser.add_argument("--cold", action="store_true")
+    args = parser.parse_args()
+    args.ctx_size = args.ctx_size or max(512, args.n_prompt, args.n_gen)
+    begin = time.monotonic()
+    options = {name: value for name, value in vars(args).items() if name in Options.__dataclass_fields__}
+    with Engine(args.model, **options) as engine:
+        loaded = time.monotonic() - begin
+        answer = measure(engine, args)
+        placement = engine.placement
+        answer |= {
+            "load_s": loaded, "stats": engine.stats.to_dict(), "dense_bytes": placement.dense_bytes,
+            "kv_bytes": engine.kv.nbytes,
+            "how": placement.how_read,
+        }  # fmt: skip
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What devices with memory of their own share: ops as kernel launches, small arrays sent and fetched, no waiting.
+
+A subclass has memory (``alloc``, ``pinned``), streams, ``copy_async`` and ``run``, which launches one kernel. The host
+may go on as soon as a method returns: what is sent was copied to pinned memory that is used again only once the copy
+out of it is done; what is fetched is there after the stream's next event.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_cupy.device.base import Event
+from moe_cupy.kernels.cuda.launches import Launch
+from moe_cupy.kernels.cuda.sources import FORMATS
+from moe_cupy.kernels.table import OPS
+
+SMALLEST_BLOCK = 256  # bytes of pinned memory; blocks are powers of two
+ARENA = 4 << 20  # bytes of them, page-locked before the experts can take all there is
+FIRST_NUMBERS = 1 << 16
+
+
+def as_bytes(array: Any) -> Any:
+    """The same memory as uint8 [nbytes]; ``array`` is contiguous."""
+    return array.reshape(-1).view(np.uint8)
+
+
+class DeviceWorkspace:
+    """``kernels.cuda.ops.Workspace`` for the launches of one stream."""
+
+    def __init__(self, device: DiscreteDevice, stream: Any):
+        self._device, self._stream = device, stream
+        self._arrays: dict[tuple[Any, ...], Any] = {}
+
+    def scratch(self, name: str, *shape: int, dtype: Any = np.float32) -> Any:
+        """Device memory under this name and shape; holds what was last written."""
+        key = name, shape, np.dtype(dtype)
+        if key not in self._arrays:
+            self._arrays[key] = self._device.array(shape, dtype)
+        return self._arrays[key]
+
+    def put(self, name: str, values: np.ndarray) -> Any:
+        """``values``, which may change at once, in device memory under this name and shape."""
+        target = self.scratch(name, *values.shape, dtype=values.dtype)
+        self._device.put(target, values, self._stream)
+        return target
+
+    def numbers(self, first: int, count: int) -> Any:
+        """int32 [count] in device memory: first, first + 1, …"""
+        return self._device.numbers(first, count)
+
+    def addresses(self, arrays: Sequence[Any]) -> np.ndarray:
+        """uint64 [n]: where arrays begin in device memory."""
+        return np.array([self._device.address(array) for array in arrays], np.uint64)
+
+
+class DiscreteDevice:
+    """See the module."""
+
+    is_unified = False
+    formats = FORMATS
+    _arena: np.ndarray  # page-locked by the subclass when it begins
+
+    def __init__(self) -> None:
+        self._workspaces: dict[str, DeviceWorkspace] = {}
+        self._blocks: defaultdict[int, deque[tuple[Event, np.ndarray]]] = defaultdict(deque)
+        self._fetched: dict[tuple[Any, ...], np.ndarray] = {}
+        self._numbers: Any = None
+        self._arena_used = 0
+
+    # What a subclass has.
+
+    def alloc(self, nbytes: int) -> Any:
+        raise NotImplementedError
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
+        raise NotImplementedError
+
+    def upload(self, host: np.ndarray) -> Any:
+        raise NotImplementedError
+
+    def address(self, array: Any) -> int:
+        """Where ``array`` begins in device memory."""
+        raise NotImplementedError
+
+    def run(self, launch: Launch, stream: Any) -> None:
+        """Launch one kernel in stream order."""
+        raise NotImplementedError
+
+    # What follows from it.
+
+    def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Uninitialised device memory of this shape."""
+        return self.alloc(int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+
+    def launch(self, op: str, stream: Any, **buffers: Any) -> None:
+        if stream.name not in self._workspaces:
+            self._workspaces[stream.name] = DeviceWorkspace(self, stream)
+        for launch in OPS[op].cuda(self._workspaces[stream.name], **buffers):
+            self.run(launch, stream)
+
+    def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
+        size = max(SMALLEST_BLOCK, 1 << (values.nbytes - 1).bit_length())
+        free = self._blocks[size]
+        block = free.popleft()[1] if free and free[0][0].done() else self._staging(size)
+        block[: values.nbytes] = as_bytes(np.ascontiguousarray(values))
+        self.copy_async(as_bytes(dst), block[: values.nbytes], stream)
+        free.append((stream.record(), block))
+
+    def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
+        key = name, src.shape, np.dtype(src.dtype)
+        if key not in self._fetched:
+            self._fetched[key] = self._staging(src.nbytes).view(src.dtype).reshape(src.shape)
+        self.copy_async(as_bytes(self._fetched[key]), as_bytes(src), stream)
+        return self._fetched[key]
+
+    def _staging(self, nbytes: int) -> np.ndarray:
+        """Host memory for small copies: page-locked, or what there is (a copy then waits, and is right)."""
+        begin, self._arena_used = self._arena_used, self._arena_used + -(-nbytes // SMALLEST_BLOCK) * SMALLEST_BLOCK
+        if self._arena_used <= len(self._arena):
+            return self._arena[begin : begin + nbytes]
+        self._arena_used = begin
+        try:
+            return self.pinned(nbytes)
+        except MemoryError:
+            return np.empty(nbytes, np.uint8)
+
+    def numbers(self, first: int, count: int) -> Any:
+        """int32 [count] in device memory: first, first + 1, …"""
+        if self._numbers is None or first + count > len(self._numbers):
+            some = np.arange(max(FIRST_NUMBERS, 2 * (first + count)), dtype=np.int32)
+            self._numbers = self.upload(some).view(np.int32)
+        return self._numbers[first : first + count]

@@ -1,0 +1,78 @@
+"""The emulated device: the CUDA kernels themselves, compiled for the CPU; worker threads are its streams.
+
+Slow, and exact about everything but time: launches, copies and events happen in the order of streams that really run
+beside each other, and memory that nothing was written to yet reads as NaN.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from moe_cupy.device.base import DeviceError
+from moe_cupy.device.discrete import ARENA, DiscreteDevice, as_bytes
+from moe_cupy.device.host import HostDevice
+from moe_cupy.kernels.cuda.emulation.build import BuildError
+from moe_cupy.kernels.cuda.emulation.library import Library, emulated
+from moe_cupy.kernels.cuda.launches import Launch
+
+SILENT = 2.0  # seconds before a build says what it does
+
+
+def library() -> Library:
+    """The compiled kernels; says on stderr how long compiling takes. Raises DeviceError."""
+    made, start, beside = threading.Event(), time.monotonic(), sys.stderr
+
+    def tell() -> None:
+        while not made.wait(SILENT):
+            print(f"compiling the CUDA kernels for the CPU (first run only): {time.monotonic() - start:.0f} s",
+                  file=beside, flush=True)  # fmt: skip
+
+    teller = threading.Thread(target=tell, name="build-progress", daemon=True)
+    teller.start()
+    try:
+        return emulated()
+    except BuildError as error:
+        raise DeviceError(f"--device emulated: {' '.join(str(error).split())[:500]}") from error
+    finally:
+        made.set()
+        teller.join()
+
+
+class EmulatedDevice(DiscreteDevice, HostDevice):
+    """``memory`` is RAM; what is a copy over the bus on a GPU is a copy here."""
+
+    name = "emulated"
+    formats = DiscreteDevice.formats
+
+    def __init__(self) -> None:
+        self.kernels = library()
+        DiscreteDevice.__init__(self)
+        HostDevice.__init__(self, 1)
+        self._arena = self.pinned(ARENA)
+
+    def alloc(self, nbytes: int) -> np.ndarray:
+        memory = HostDevice.alloc(self, nbytes)
+        memory[...] = 0xFF  # NaN as any float
+        return memory
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return HostDevice.alloc(self, nbytes)
+
+    def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
+        HostDevice.copy_async(self, dst, src, stream)
+
+    def upload(self, host: np.ndarray) -> np.ndarray:
+        memory = HostDevice.alloc(self, host.nbytes)
+        memory[...] = as_bytes(np.ascontiguousarray(host))
+        return memory
+
+    def address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def run(self, launch: Launch, stream: Any) -> None:
+        stream.run(lambda: self.kernels.launch(launch))

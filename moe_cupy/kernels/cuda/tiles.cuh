@@ -1,0 +1,106 @@
+// What the matrix products of a prompt share: a block of 128 threads makes a tile of 64 rows x 32 pairs, each thread
+// 4 x 4 sums. A pair is a token and one of its experts. Weights of one slot, and which pairs use it:
+enum { TILE_ROWS = 64, TILE_PAIRS = 32, TILE_WORDS = 12 * TILE_ROWS + 10 * TILE_PAIRS };
+struct Work {
+    const uint8_t* weights;
+    const int* order;  // null: pairs as they come
+    int row0, rows, pair0, ends, per_row, cols;
+
+    __device__ __forceinline__ bool is_row(int r) const { return row0 + r < rows; }
+    __device__ __forceinline__ bool is_pair(int p) const { return pair0 + p < ends; }
+    __device__ __forceinline__ long long pair(int p) const { return order ? order[pair0 + p] : pair0 + p; }
+    __device__ __forceinline__ long long vector(int p) const { return pair(p) / per_row; }
+};
+__device__ __forceinline__ Work work_of(const uint8_t* const* weight_of, const int* order, const int* first, int pairs,
+                                        int rows, int cols, int per_row) {
+    const int slot = blockIdx.z, begins = first ? first[slot] : 0;
+    return {weight_of[slot], order, (int)blockIdx.x * TILE_ROWS, rows, begins + (int)blockIdx.y * TILE_PAIRS,
+            first ? first[slot + 1] : pairs, per_row, cols};
+}
+__device__ __forceinline__ int my_row() { return threadIdx.x % 16 * 4; }
+__device__ __forceinline__ int my_pair() { return threadIdx.x / 16 * 4; }
+
+// The 32 columns that a thread brings: threads 0..63 decode a row's, 64..95 have a pair's.
+struct Brought {
+    Group w;
+    Q8 x;
+};
+template <class F> __device__ __forceinline__ Brought bring(const Work& work, const Q8* x, int g) {
+    Brought out = {};
+    const int tid = threadIdx.x, p = tid - TILE_ROWS;
+    if (tid < TILE_ROWS) {
+        if (work.is_row(tid)) out.w = F::load(work.weights + (work.row0 + tid) * row_bytes<F>(work.cols), g);
+    } else if (p < TILE_PAIRS) {
+        if (work.is_pair(p)) out.x = x[work.vector(p) * (work.cols / 32) + g];
+    }
+    return out;
+}
+// One tile of 32 columns in shared memory, TILE_WORDS words.
+struct Tile {
+    int* wq;    // [8][64]: word i of each row's group
+    float* wf;  // [4][64]: two scales, two offsets
+    int* xq;    // [8][32]
+    float* xd;  // [32]
+    int* xs;    // [32]: the two half sums, 16 bits each
+};
+__device__ __forceinline__ Tile tile_at(int* words) {
+    int* xq = words + 12 * TILE_ROWS;
+    return {words, (float*)(words + 8 * TILE_ROWS), xq, (float*)(xq + 8 * TILE_PAIRS), xq + 9 * TILE_PAIRS};
+}
+__device__ __forceinline__ void put(const Tile& tile, const Brought& b) {
+    const int tid = threadIdx.x, p = tid - TILE_ROWS;
+    if (tid < TILE_ROWS) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) tile.wq[i * TILE_ROWS + tid] = b.w.q[i];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            tile.wf[i * TILE_ROWS + tid] = b.w.scale[i];
+            tile.wf[(2 + i) * TILE_ROWS + tid] = b.w.offset[i];
+        }
+    } else if (p < TILE_PAIRS) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) tile.xq[i * TILE_PAIRS + p] = b.x.q[i];
+        tile.xd[p] = b.x.d, tile.xs[p] = (b.x.sum[0] & 0xffff) | (int)b.x.sum[1] << 16;
+    }
+}
+template <class F> __device__ __forceinline__ void multiply_tile(float (&sum)[4][4], const Tile& tile) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int dot[4][4] = {};
+#pragma unroll
+        for (int i = 4 * half; i < 4 * half + 4; i++) {
+            const int4 a = *(const int4*)(tile.wq + i * TILE_ROWS + my_row());
+            const int4 b = *(const int4*)(tile.xq + i * TILE_PAIRS + my_pair());
+            const int w4[4] = {a.x, a.y, a.z, a.w}, x4[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) dot[p][r] = __dp4a(w4[r], x4[p], dot[p][r]);
+        }
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            const float d = tile.xd[my_pair() + p], q_sum = (float)(int16_t)(tile.xs[my_pair() + p] >> 16 * half);
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                float part = tile.wf[half * TILE_ROWS + my_row() + r] * (float)dot[p][r];
+                if (F::OFFSET) part += tile.wf[(2 + half) * TILE_ROWS + my_row() + r] * q_sum;
+                sum[p][r] += d * part;
+            }
+        }
+    }
+}
+__device__ __forceinline__ void store_tile(float* out, const float (&sum)[4][4], const Work& work, const float* bias,
+                                           int add) {
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+        if (!work.is_pair(my_pair() + p)) continue;
+        float* mine = out + work.pair(my_pair() + p) * work.rows + work.row0;
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int row = my_row() + r;
+            if (!work.is_row(row)) continue;
+            const float y = bias ? sum[p][r] + bias[work.row0 + row] : sum[p][r];
+            mine[row] = add ? mine[row] + y : y;
+        }
+    }
+}

@@ -1,0 +1,249 @@
+"""Seconds a token takes, term by term, each with the arithmetic it came from.
+
+A product of a matrix with one vector reads every byte of the matrix once, so decoding costs bytes over bandwidth, plus
+what every layer costs whatever its size: kernels to launch, threads to meet, copies to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from moe_cupy.plan.hardware import Machine
+from moe_cupy.plan.memory import SYSTEM_RAM, Settings, past_bytes
+from moe_cupy.plan.rules import CPU, GPU, Placement
+from moe_cupy.plan.shapes import Model, Tensor
+from moe_cupy.plan.tables import table
+
+THRESHOLD = 32  # tokens from which a batch over weights in host memory goes to the GPU (GGML_OP_OFFLOAD_MIN_BATCH)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One part of a token's (or a batch's) time."""
+
+    name: str
+    seconds: float
+    formula: str
+
+
+def total(terms: Iterable[Term]) -> float:
+    return sum(term.seconds for term in terms)
+
+
+def offload_threshold(model: Model, engine: str, least: int = THRESHOLD) -> int:
+    """Tokens of a batch from which host weights are copied to the GPU: llama.cpp asks the batch, ik_llama.cpp what an
+    expert gets of it, 32 E / k."""
+    if engine == "ik_llama.cpp" and model.experts:
+        return -(-least * model.expert_count // model.expert_used_count)
+    return least
+
+
+# Decoding
+
+
+def gpu_terms(model: Model, machine: Machine, placement: Placement, settings: Settings, depth: int) -> list[Term]:
+    """What the card reads and launches for one token, routed experts included where they are there for good."""
+    if machine.gpu is None:
+        return []
+    e = table("engines")["gpu"]
+    there = placement.on(GPU, model.tensors)
+    nbytes = sum(model.read_per_token(t) for t in there) + placement.tied_copy * model.tied_bytes
+    rate = machine.gpu.bandwidth * e["bandwidth_efficiency"]
+    past = _past(model, placement, settings, depth, GPU)
+    kernels, layers = kernel_count(model, placement)
+    return [
+        _bytes_over("weights on the GPU", nbytes, rate),
+        _bytes_over(f"KV on the GPU at {depth} tokens", past, rate),
+        Term(
+            "kernels",
+            kernels * e["kernel_us"] * 1e-6,
+            f"{kernels} kernels of {layers} layers x {e['kernel_us']} us",
+        ),
+    ]
+
+
+def kernel_count(model: Model, placement: Placement) -> tuple[int, int]:
+    """Kernels of all layers whose past is on the GPU, and the number of those layers."""
+    kinds: dict[str, int] = table("engines")["gpu"]["kernels"]
+    moe = set(model.moe_layers)
+    layers = [i for i, at in enumerate(placement.pasts) if at == GPU]
+    return sum(kinds[model.pasts[i].mixer] + kinds["moe" if i in moe else "dense"] for i in layers), len(layers)
+
+
+def cpu_terms(model: Model, machine: Machine, placement: Placement, settings: Settings, depth: int) -> list[Term]:
+    """What the CPU reads and computes for one token under a fixed placement."""
+    e = table("engines")["cpu"]
+    there = placement.on(CPU, model.tensors)
+    nbytes = sum(model.read_per_token(t) for t in there) + (not placement.tied_copy) * model.tied_bytes
+    past = _past(model, placement, settings, depth, CPU)
+    terms = [_bytes_over("weights in host memory, by the CPU", nbytes, machine.ram_practical)]
+    if past:
+        terms.append(_bytes_over(f"KV in host memory at {depth} tokens", past, machine.ram_practical))
+    by_cpu = {t.layer for t in there if t.layer is not None}
+    steps = len(by_cpu)
+    terms.append(Term("threads meet", steps * e["step_us"] * 1e-6, f"{steps} layers x {e['step_us']} us"))
+    handed = sum(1 for layer in by_cpu if placement.pasts[layer] == GPU)
+    if handed:
+        terms.append(
+            Term("GPU to CPU and back", handed * e["split_us"] * 1e-6, f"{handed} layers x {e['split_us']} us")
+        )
+    return terms
+
+
+def disk_term(model: Model, machine: Machine, there: Sequence[Tensor], hit: Callable[[float], float]) -> Term | None:
+    """What a memory-mapped file reads from disk for one token, where host memory is too small; None where it is not."""
+    routed = sum(t.nbytes for t in there if t.part == "routed")
+    rest = sum(t.nbytes for t in there) - routed
+    room = machine.ram_bytes - SYSTEM_RAM - rest
+    if room >= routed:
+        return None
+    share = max(0.0, room / routed) if routed else 0.0
+    missed = 1 - hit(share)
+    read = missed * routed * model.used_share + max(0, -room)
+    rate = machine.disk_read * table("engines")["disk"]["page_cache_efficiency"]
+    name = f"from disk: host memory holds {share:.0%} of these experts, {missed:.0%} of a token's are missing"
+    return _bytes_over(name, read, rate)
+
+
+def static_decode(
+    model: Model, machine: Machine, placement: Placement, settings: Settings, depth: int, hit: Callable[[float], float]
+) -> list[Term]:
+    """One token where every tensor stays where it is (llama.cpp)."""
+    terms = gpu_terms(model, machine, placement, settings, depth)
+    there = placement.on(CPU, model.tensors)
+    terms += cpu_terms(model, machine, placement, settings, depth)
+    disk = disk_term(model, machine, there, hit)
+    return [*terms, disk] if disk else terms
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """An expert cache on the card: which share of all experts it holds, its hit rate, how misses get there."""
+
+    share: float
+    hit_rate: float
+    way: str = "slabs"  # a table cache.* of engines.toml
+    misses: str = "best"  # "load", "cpu", or the quicker of both
+
+
+def cached_decode(
+    model: Model, machine: Machine, placement: Placement, settings: Settings, depth: int, cache: Cache,
+    hit: Callable[[float], float],
+) -> list[Term]:  # fmt: skip
+    """One token where the card holds the dense part and a cache of experts; ``placement`` has the experts in RAM."""
+    assert machine.gpu is not None
+    e = table("engines")
+    terms = gpu_terms(model, machine, placement, settings, depth)
+    active = sum(model.read_per_token(t) for t in model.tensors if t.part == "routed")
+    rate = machine.gpu.bandwidth * e["gpu"]["bandwidth_efficiency"]
+    terms.append(_bytes_over(f"resident experts, {cache.hit_rate:.1%} of a token's", active * cache.hit_rate, rate))
+    ways = {"load": _loaded, "cpu": _computed_by_cpu}
+    chosen = ways if cache.misses == "best" else {cache.misses: ways[cache.misses]}
+    options = [way(model, machine, active * (1 - cache.hit_rate), cache) for way in chosen.values()]
+    terms += min(options, key=lambda option: total(option))
+    disk = cache_disk_term(model, machine, cache, hit)
+    return [*terms, disk] if disk else terms
+
+
+def _loaded(model: Model, machine: Machine, missing: float, cache: Cache) -> list[Term]:
+    assert machine.gpu is not None
+    way = table("engines")["cache"][cache.way]
+    link = machine.gpu.link_practical
+    layers = len(model.moe_layers)
+    copies = way["copies"] * missing / model.expert_bytes
+    return [
+        _bytes_over("missing experts over PCIe", missing, link),
+        Term("copies begin", copies * way["copy_us"] * 1e-6, f"{copies:.0f} copies x {way['copy_us']} us"),
+        Term("decisions", layers * way["round_trip_us"] * 1e-6, f"{layers} layers x {way['round_trip_us']} us"),
+    ]
+
+
+def _computed_by_cpu(model: Model, machine: Machine, missing: float, cache: Cache) -> list[Term]:
+    e = table("engines")["cpu"]
+    way = table("engines")["cache"][cache.way]
+    layers = len(model.moe_layers)
+    missed = layers * (1 - cache.hit_rate**model.expert_used_count)  # layers of which at least one expert is missing
+    each = e["step_us"] + e["split_us"]
+    return [
+        _bytes_over("missing experts, by the CPU", missing, machine.ram_practical),
+        Term("GPU to CPU and back", missed * each * 1e-6, f"{missed:.1f} layers with a miss x {each} us"),
+        Term("decisions", layers * way["round_trip_us"] * 1e-6, f"{layers} layers x {way['round_trip_us']} us"),
+    ]
+
+
+def cache_disk_term(model: Model, machine: Machine, cache: Cache, hit: Callable[[float], float]) -> Term | None:
+    """Misses that host memory does not have either; it keeps what was used last, the card's included."""
+    room = machine.ram_bytes - SYSTEM_RAM
+    if room >= model.routed_bytes:
+        return None
+    missed = min(1 - cache.hit_rate, 1 - hit(max(0.0, room / model.routed_bytes)))
+    read = missed * model.routed_bytes * model.used_share
+    return _bytes_over(f"from disk, {missed:.0%} of a token's experts", read, machine.disk_practical)
+
+
+def _past(model: Model, placement: Placement, settings: Settings, depth: int, device: str) -> float:
+    pairs = zip(model.pasts, placement.pasts, strict=True)
+    return sum(past_bytes(past, depth, settings, read=True) for past, at in pairs if at == device)
+
+
+def _bytes_over(name: str, nbytes: float, rate: float) -> Term:
+    return Term(name, nbytes / rate, f"{size_text(nbytes)} / {rate / 1e9:.1f} GB/s")
+
+
+def size_text(nbytes: float) -> str:
+    """2.5 GB, 310 MB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}" if nbytes < 1000 * scale else f"{nbytes / scale:.0f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+# A prompt
+
+
+def prefill(
+    model: Model, machine: Machine, placement: Placement, settings: Settings, threshold: int, on_disk: int = 0
+) -> list[Term]:
+    """One batch of ``ubatch`` tokens: products on the tensor cores; weights in host memory are copied to the card from
+    ``threshold`` tokens on, each expert that some token uses once, and multiplied by the CPU below. ``on_disk`` bytes
+    of them are read from disk for each batch."""
+    n = settings.ubatch
+    e = table("engines")
+    there, away = placement.on(GPU, model.tensors), placement.on(CPU, model.tensors)
+    streamed = machine.gpu is not None and n >= threshold
+    by_gpu = [*there, *(t for t in away if t.part != "embedding")] if streamed else there
+    by_cpu = [] if streamed else [t for t in away if t.part != "embedding"]
+    terms = []
+    if machine.gpu is not None:
+        rate = machine.gpu.tensor * e["gpu"]["tensor_efficiency"]
+        terms.append(_work_over("products on the GPU", _operations(model, by_gpu, n), rate))
+    if streamed:
+        moved = sum(_read_per_batch(model, t, n) for t in away if t.part != "embedding")
+        link: Any = machine.gpu
+        terms.append(_bytes_over(f"host weights to the GPU, once a batch of {n}", moved, link.link_practical))
+    if by_cpu:
+        cores = machine.cores * e["cpu"]["gflops_per_core"] * 1e9
+        terms.append(_work_over("products on the CPU", _operations(model, by_cpu, n), cores))
+    if on_disk:
+        terms.append(_bytes_over(f"from disk, once a batch of {n}", on_disk, machine.disk_practical))
+    return terms
+
+
+def _operations(model: Model, tensors: Sequence[Tensor], tokens: int) -> float:
+    """Multiplications and additions; the output is needed for one token of a prompt."""
+    each = (prod(t.shape) * (model.used_share if t.part == "routed" else 1.0) for t in tensors
+            if len(t.shape) > 1 and t.part not in ("output", "embedding"))  # fmt: skip
+    return 2.0 * tokens * sum(each)
+
+
+def _read_per_batch(model: Model, tensor: Tensor, tokens: int) -> float:
+    """Bytes of a tensor that a batch needs: of the experts those that at least one of its tokens uses."""
+    used = 1 - (1 - model.used_share) ** tokens if tensor.part == "routed" else 1.0
+    return tensor.nbytes * used
+
+
+def _work_over(name: str, operations: float, rate: float) -> Term:
+    return Term(name, operations / rate, f"{operations / 1e12:.3g} T operations / {rate / 1e12:.3g} T/s")

@@ -1,0 +1,128 @@
+"""The plan as commands of other engines, quoted for the shell that runs them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from moe_cupy.plan.planner import Plan
+from moe_cupy.plan.rules import CPU, EXPERTS, Override
+
+ENGINES = ("llama.cpp", "ik_llama.cpp", "ktransformers")
+SAFE_ON_WINDOWS = re.compile(r"[A-Za-z0-9_./:\\=@+-]+")
+
+
+def quote(words: Sequence[str], windows: bool) -> str:
+    """A line for POSIX shells, or for cmd and PowerShell (for PowerShell alone where a word has one of $, `, \", %)."""
+    return " ".join(map(_windows, words)) if windows else shlex.join(words)
+
+
+def _windows(word: str) -> str:
+    if SAFE_ON_WINDOWS.fullmatch(word):
+        return word
+    if any(char in word for char in '$`"%'):
+        return "'" + word.replace("'", "''").replace('"', '\\"') + "'"
+    trailing = len(word) - len(word.rstrip("\\"))
+    return f'"{word}{chr(92) * trailing}"'
+
+
+def command(plan: Plan, engine: str, windows: bool = False) -> str:
+    """The command that comes nearest to the plan; for ktransformers its YAML rules with the command above them."""
+    if engine == "ktransformers":
+        return ktransformers(plan, windows)
+    words = [("llama-server.exe" if windows else "llama-server"), "-m", model_file(plan)]
+    words += ["-ngl", str(min(plan.ngl, 99) if plan.ngl <= plan.model.layers else 99), *placement_words(plan, engine)]
+    s = plan.settings
+    words += ["-c", str(s.ctx), "-ub", str(s.ubatch), "-b", str(max(2048, s.ubatch))]
+    words += ["-fa", "on"] if engine == "llama.cpp" else ["-fa"]
+    if (s.ctk, s.ctv) != ("f16", "f16"):
+        words += ["-ctk", s.ctk, "-ctv", s.ctv]
+    words += ["-t", str(plan.machine.cores)]
+    if engine == "ik_llama.cpp":
+        words += ["-fmoe", *(["-mla", "3"] if any(p.mixer == "mla" for p in plan.model.pasts) else [])]
+        words += ["--no-mmap"] if not plan.disk_bytes else []
+    elif host_tensors(plan) and not plan.disk_bytes:
+        words += ["--load-mode", "none"]
+    if engine == "llama.cpp" and plan.machine.gpu:
+        words += ["--fit", "off"]
+    return quote(words, windows)
+
+
+def model_file(plan: Plan) -> str:
+    name = plan.model.name
+    return name if name.endswith(".gguf") else f"{name}-{plan.model.quant}.gguf"
+
+
+def placement_words(plan: Plan, engine: str) -> list[str]:
+    """The flags that place tensors: as given, or what the plan found; an expert cache has no flag there."""
+    given = plan.request.overrides
+    if given:
+        return _override_words(given, engine)
+    sparse = static_experts(plan)
+    if not sparse:
+        return []
+    if sparse >= plan.model.layers:
+        return ["--cpu-moe"] if engine == "llama.cpp" else ["-ot", f"{EXPERTS}={CPU}"]
+    if engine == "llama.cpp":
+        return ["--n-cpu-moe", str(sparse)]
+    return ["-ot", rf"blk\.({'|'.join(map(str, range(sparse)))}){EXPERTS}={CPU}"]
+
+
+def static_experts(plan: Plan) -> int:
+    """N of --n-cpu-moe; for a plan with a cache, the N that fills the same memory with whole layers."""
+    if not plan.cache_slots:
+        return plan.n_cpu_moe or 0
+    layers = len(plan.model.moe_layers)
+    full = plan.cache_slots // plan.model.expert_count
+    return plan.model.layers - min(full, layers)
+
+
+def _override_words(rules: Sequence[Override], engine: str) -> list[str]:
+    """Flags of one kind in a row become one word again."""
+    words: list[str] = []
+    done = 0
+    while done < len(rules):
+        flag = rules[done].flag
+        run = [r for r in rules[done:] if r.flag == flag]
+        same = next((i for i, r in enumerate(rules[done:]) if r.flag != flag), len(rules) - done)
+        if flag == "-ot" or engine != "llama.cpp":
+            words += ["-ot", ",".join(f"{r.pattern}={r.device}" for r in run[:same])]
+        elif flag == "--cpu-moe":
+            words += [flag]
+        else:
+            words += [flag, str(same)]
+        done += same
+    return words
+
+
+def host_tensors(plan: Plan) -> bool:
+    """Whether weights stay in host memory by an override, which memory mapping makes slow."""
+    return plan.machine.gpu is not None and any(
+        plan.placement.device[t.name] == CPU for t in plan.model.tensors if t.part == "routed"
+    )
+
+
+KT_RULES = """- match:
+    name: "^model\\\\.layers\\\\.({layers})\\\\.mlp\\\\.experts$"
+  replace:
+    class: ktransformers.operators.experts.KTransformersExperts
+    kwargs:
+      prefill_device: "cuda"
+      generate_device: "{device}"
+      generate_op: "{op}"
+      out_device: "cuda"
+  recursive: False
+"""
+
+
+def ktransformers(plan: Plan, windows: bool = False) -> str:
+    """Rules for the experts, layer by layer, and the command that reads them."""
+    sparse = static_experts(plan)
+    moe = plan.model.moe_layers
+    groups = [([i for i in moe if i < sparse], "cpu", "KExpertsCPU"), ([i for i in moe if i >= sparse], "cuda",
+                                                                       "KExpertsMarlin")]  # fmt: skip
+    rules = [KT_RULES.format(layers="|".join(map(str, layers)), device=d, op=op) for layers, d, op in groups if layers]
+    words = ["python", "-m", "ktransformers.local_chat", "--gguf_path", model_file(plan), "--optimize_config_path",
+             "rules.yaml", "--cpu_infer", str(plan.machine.cores)]  # fmt: skip
+    return f"# {quote(words, windows)}\n" + "".join(rules)

@@ -1,0 +1,139 @@
+"""A plan as people and scripts read it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from moe_cupy.plan.advice import Advice
+from moe_cupy.plan.cost import Term, offload_threshold, size_text, total
+from moe_cupy.plan.emit import ENGINES, command
+from moe_cupy.plan.hardware import Machine
+from moe_cupy.plan.planner import Plan
+from moe_cupy.plan.rules import CPU
+
+PLACES = {CPU: "RAM", "CUDA0": "VRAM"}
+
+
+def as_json(plan: Plan, windows: bool = False) -> dict[str, Any]:
+    """The JSON contract, and the terms behind its figures."""
+    return {
+        "model": plan.model.name, "quant": plan.model.quant, "hardware": plan.machine.name, "fits": True,
+        "decode_tok_s": plan.decode_tok_s, "prefill_tok_s": plan.prefill_tok_s, "vram_bytes": plan.vram_bytes,
+        "ram_bytes": plan.ram_bytes, "disk_bytes": plan.disk_bytes, "cache_slots": plan.cache_slots,
+        "cache_bytes": plan.cache_bytes, "hit_rate": plan.hit_rate, "tensors": tensor_rows(plan),
+        "commands": {engine: command(plan, engine, windows) for engine in ENGINES[:2]},
+        "warnings": list(plan.warnings), "ctx": plan.settings.ctx, "n_cpu_moe": plan.n_cpu_moe, "ngl": plan.ngl,
+        "offload_threshold": offload_threshold(plan.model, plan.request.engine, plan.request.threshold),
+        "terms": [term_row(term) for term in plan.terms], "prefill_terms": [term_row(t) for t in plan.prompt_terms],
+    }  # fmt: skip
+
+
+def term_row(term: Term) -> dict[str, Any]:
+    return {"name": term.name, "ms": 1e3 * term.seconds, "formula": term.formula}
+
+
+def tensor_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Tensors of one kind in one place are one row; its pattern finds exactly these among the model's."""
+    groups: dict[tuple[str, str], list] = {}
+    for tensor in plan.model.tensors:
+        stem = re.sub(r"^blk\.\d+\.", "", tensor.name)
+        groups.setdefault((stem, plan.placement.device[tensor.name]), []).append(tensor)
+    rows = []
+    for (stem, device), tensors in groups.items():
+        layers = sorted({t.layer for t in tensors if t.layer is not None})
+        where = PLACES.get(device, device)
+        if plan.cache_slots and tensors[0].part == "routed":
+            where = "RAM, cached in VRAM"
+        rows.append({"pattern": pattern_of(stem, layers, plan.model.layers), "where": where, "tensors": len(tensors),
+                     "bytes": sum(t.nbytes for t in tensors)})  # fmt: skip
+    return rows
+
+
+def pattern_of(stem: str, layers: Sequence[int], count: int) -> str:
+    """A regular expression for a tensor of some layers."""
+    name = re.escape(stem)
+    if not layers:
+        return f"^{name}$"
+    every = len(layers) == count
+    return rf"^blk\.\d+\.{name}$" if every else rf"^blk\.({'|'.join(map(str, layers))})\.{name}$"
+
+
+def machine_line(machine: Machine) -> str:
+    gpu = machine.gpu
+    card = (
+        f"{gpu.name}, {gpu.vram_bytes / 2**30:.0f} GiB at {gpu.bandwidth / 1e9:.0f} GB/s, PCIe {gpu.pcie} "
+        f"({gpu.link_practical / 1e9:.0f} GB/s)" if gpu else "no GPU"
+    )  # fmt: skip
+    return (f"{machine.name}: {card}; {machine.ram_bytes / 1e9:.0f} GB RAM at {machine.ram_bandwidth / 1e9:.1f} GB/s "
+            f"({machine.ram_kind}); disk {machine.disk_read / 1e9:.1f} GB/s")  # fmt: skip
+
+
+def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engines: Iterable[str] = ENGINES[:2],
+         windows: bool = False) -> str:  # fmt: skip
+    """The plan as lines."""
+    m, s = plan.model, plan.settings
+    lines = [
+        f"{m.name} {m.quant}: {m.parameters / 1e9:.1f} B parameters, {size_text(m.nbytes)}, {m.layers} layers"
+        + (
+            f", {m.expert_count} experts of {size_text(m.expert_bytes)}, {m.expert_used_count} used"
+            if m.experts
+            else ""
+        ),
+        machine_line(plan.machine),
+        "",
+        *plan.steps,
+        *memory_lines(plan),
+        "",
+        f"decode   {plan.decode_tok_s:8.1f} tok/s  predicted at {min(plan.request.depth, s.ctx)} tokens of context",
+        *(term_lines(plan.terms) if explain else ()),
+        f"prompt   {plan.prefill_tok_s:8.1f} tok/s  predicted in batches of {s.ubatch}",
+        *(term_lines(plan.prompt_terms) if explain else ()),
+    ]
+    if plan.cache_slots:
+        share = plan.cache_slots / m.experts
+        why = plan.curve.formula(share) if explain else f"of a cache of {plan.cache_slots} experts ({share:.0%})"
+        lines.append(f"hit rate {plan.hit_rate:8.1%}         {why}")
+    if m.experts and explain:
+        lines += threshold_lines(plan)
+    lines += ["", "what would help most:" if advice else "nothing that was tried helps by 2 %"]
+    lines += [f"  {a.gain:5.2f}x  {a.decode_tok_s:6.1f} tok/s  {a.change}" for a in advice]
+    lines += [f"\n{engine}:\n  {command(plan, engine, windows)}" for engine in engines]
+    lines += [f"warning: {warning}" for warning in plan.warnings]
+    return "\n".join(lines)
+
+
+def term_lines(terms: Sequence[Term]) -> list[str]:
+    whole = total(terms)
+    rows = [f"    {1e3 * t.seconds:9.3f} ms {t.seconds / whole:5.0%}  {t.name}: {t.formula}" for t in terms]
+    return [*rows, f"    {1e3 * whole:9.3f} ms        in all"]
+
+
+def threshold_lines(plan: Plan) -> list[str]:
+    m, least = plan.model, plan.request.threshold
+    both = [offload_threshold(m, engine, least) for engine in ENGINES[:2]]
+    return [f"a batch takes its host weights to the GPU from {both[0]} tokens (llama.cpp, GGML_OP_OFFLOAD_MIN_BATCH), "
+            f"{both[1]} = {least} x {m.expert_count} / {m.expert_used_count} (ik_llama.cpp)"]  # fmt: skip
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    lines = []
+    if plan.use:
+        u = plan.use
+        lines.append(f"VRAM {plan.vram_bytes / 2**30:7.2f} GiB  weights {size_text(u.weights)}, KV of "
+                     f"{plan.settings.ctx} tokens {size_text(u.past)} ({plan.settings.ctk}/{plan.settings.ctv}), "
+                     f"buffers {size_text(u.compute)}, CUDA {size_text(u.fixed)}"
+                     + (f", expert cache {size_text(plan.cache_bytes)}" if plan.cache_slots else ""))  # fmt: skip
+    lines.append(f"RAM  {plan.ram_bytes / 2**30:7.2f} GiB")
+    if plan.disk_bytes:
+        lines.append(f"disk {plan.disk_bytes / 2**30:7.2f} GiB  of weights find no room in memory")
+    return lines
+
+
+def tensor_lines(plan: Plan) -> list[str]:
+    """Every tensor, its bytes, place and the rule that put it there."""
+    width = max(len(t.name) for t in plan.model.tensors)
+    where = plan.placement
+    return [f"{t.name:{width}}  {t.type:8} {t.nbytes:>14,}  {PLACES.get(where.device[t.name], where.device[t.name]):5} "
+            f"{where.reason[t.name]}" for t in plan.model.tensors]  # fmt: skip

@@ -1,0 +1,226 @@
+"""``plan``: where every tensor should go on a machine, how fast that will be, and the command that does it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_cupy.plan import PlanError
+from moe_cupy.plan.advice import advise
+from moe_cupy.plan.emit import ENGINES, command
+from moe_cupy.plan.hardware import GB, Machine, machine_called, pcie_bytes_s
+from moe_cupy.plan.hits import Curve, replayed
+from moe_cupy.plan.llama_command import Command, read_command
+from moe_cupy.plan.memory import KV_TYPES, MIB
+from moe_cupy.plan.planner import Plan, Request, cached_plan, make_plan, static_plan
+from moe_cupy.plan.report import as_json, tensor_lines, text
+from moe_cupy.plan.rules import Override, cpu_moe, n_cpu_moe, parse_overrides
+from moe_cupy.plan.shapes import Model, from_file, preset
+from moe_cupy.plan.tables import table
+from moe_ref.command import add_model, note, number, print_json, read_text
+
+DEFAULT_HARDWARE = "rtx5080-128g"
+SUMMARY = "Where every tensor goes, how fast it will be and why, what would help, and the equivalent commands."
+
+
+class AddOverrides(argparse.Action):
+    """Rules of -ot, --cpu-moe and --n-cpu-moe in one list, in the order in which they stand on the command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        rules: list[Override] = list(namespace.overrides)
+        try:
+            if option in ("-ot", "--override-tensor"):
+                rules += parse_overrides(values)
+            else:
+                rules += cpu_moe() if option in ("-cmoe", "--cpu-moe") else n_cpu_moe(values)
+        except PlanError as error:
+            parser.error(str(error))
+        namespace.overrides = rules
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """llama.cpp's placement flags; ``overrides`` holds the rules of all of them."""
+    add = parser.add_argument
+    parser.set_defaults(overrides=[])
+    add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", help="layers on the GPU: N, auto (default), all")
+    add("-ot", "--override-tensor", action=AddOverrides, metavar="RULES", help="regex=device,…; the first match wins")
+    add("-cmoe", "--cpu-moe", action=AddOverrides, nargs=0, help="all experts in host memory")
+    add("-ncmoe", "--n-cpu-moe", action=AddOverrides, type=number(0, 4096), metavar="N",
+        help="experts of the first N layers in host memory")  # fmt: skip
+    add("-fit", "--fit", choices=["on", "off"], default="on", help="choose what is not given (default on)")
+    add("-fitt", "--fit-target", type=number(0, 10**6), default=1024, metavar="MIB", help="VRAM to leave free (1024)")
+    add("-fitc", "--fit-ctx", type=number(1), default=4096, metavar="N", help="smallest context to choose (4096)")
+
+
+def add_plan(commands: Any) -> None:
+    """The command line of ``plan``."""
+    sub = commands.add_parser("plan", help=SUMMARY, description=SUMMARY)
+    sub.set_defaults(run=cmd_plan)
+    add_model(sub)
+    add = sub.add_argument
+    add("--quant", help="quantization of a preset, such as Q4_K_M")
+    add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
+    add("--vram", type=positive, metavar="GIB", help="memory of the GPU; 0: no GPU")
+    add("--ram", type=positive, metavar="GB", help="host memory")
+    add("--ram-bw", type=positive, metavar="GB/S", help="its bandwidth")
+    add("--pcie", help="link such as 4x16")
+    add("--cores", type=number(1, 4096), help="cores that compute")
+    add("-c", "--ctx-size", type=number(0), default=None, help="context; 0: the model's own")
+    add("-ub", "--ubatch-size", type=number(1), default=512, help="prompt tokens at a time (512)")
+    for letter, what in (("k", "keys"), ("v", "values")):
+        add(f"-ct{letter}", f"--cache-type-{letter}", choices=KV_TYPES, default="f16", help=f"type of cached {what}")
+    add_placement(sub)
+    add("--depth", type=number(0), default=1024, help="context already used by the predicted token (1024)")
+    add(
+        "--mode", choices=["best", "cache", "static"], default="best", help="an expert cache, fixed places, or the best"
+    )
+    add("--routes", help="route trace (.npz): replay it for the hit rate instead of the fitted curve")
+    add("--explain", action="store_true", help="show the arithmetic of every figure")
+    add("--tensors", action="store_true", help="list every tensor with its place and why")
+    add("--emit", choices=ENGINES, help="print only this engine's command")
+    add("--windows", action="store_true", help="commands quoted for cmd and PowerShell")
+    add("--from-command", metavar="LINE", help="explain a llama-server line (@FILE reads it from a file)")
+    add("--plot", metavar="PNG", help="predicted speed against cache size, as a picture")
+    add("--json", action="store_true", help="one JSON object as the last line of stdout")
+
+
+def positive(text: str) -> float:
+    """For argparse's ``type``: a number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text[:40]!r}") from None
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: expected at least 0")
+    return value
+
+
+def cmd_plan(args: argparse.Namespace) -> None:
+    """Plan, and show it as asked."""
+    said = read_line(args.from_command) if args.from_command else None
+    model = model_called(said.model if said and not args.model else args.model, args.quant)
+    machine = machine_of(args)
+    request = said.request if said else request_of(args)
+    curve = curve_from(args.routes, model) if args.routes else None
+    plan = planned(model, machine, request, curve, "static" if said else args.mode)
+    if said:
+        plan = replace(plan, warnings=(*plan.warnings, *said.remarks))
+    elif request.is_manual:
+        note("note: placement flags given by hand: --fit is off" if args.fit == "on" else "note: --fit is off")
+    if args.plot:
+        from moe_cupy.plan.plot import plot_sizes
+
+        plot_sizes(model, machine, request, args.plot, curve)
+        note(f"{args.plot}: predicted speed against cache size")
+    show(args, plan, curve)
+
+
+def show(args: argparse.Namespace, plan: Plan, curve: Curve | None) -> None:
+    if args.emit and not args.json:
+        print(command(plan, args.emit, args.windows))
+        return
+    if not args.json or args.tensors or args.explain:
+        if args.tensors or args.from_command:
+            print("\n".join(tensor_lines(plan)) + "\n")
+        print(text(plan, advise(plan, curve), args.explain, windows=args.windows))
+    if args.json:
+        print_json(as_json(plan, args.windows))
+
+
+def read_line(line: str) -> Command:
+    return read_command(read_text(line[1:]) if line.startswith("@") else line)
+
+
+def model_called(name: str | None, quant: str | None) -> Model:
+    """A GGUF file (the first part of a split one stands for all), or a preset."""
+    if not name:
+        raise PlanError("no model: give a GGUF file or a preset; presets: " + ", ".join(sorted(table("models"))))
+    if os.path.exists(name):
+        from moe_ref.split import open_readable
+
+        file, remarks = open_readable(name)
+        with file:
+            model = from_file(file)
+        if quant:
+            remarks = [*remarks, f"--quant {quant}: a file has the types that it has; it is planned as it is"]
+        return replace(model, remarks=(*model.remarks, *remarks))
+    if name.endswith(".gguf"):
+        stem = Path(name).stem.lower()
+        known = [p for p in sorted(table("models"), key=len, reverse=True) if p in stem]
+        if not known:
+            raise PlanError(f"{name}: there is no such file, and its name is no preset's; presets: "
+                            + ", ".join(sorted(table("models"))))  # fmt: skip
+        found = preset(known[0], quant or quant_in(stem))
+        return replace(
+            found, remarks=(*found.remarks, f"{name}: no such file here; planned as {known[0]} {found.quant}")
+        )
+    return preset(name, quant)
+
+
+def quant_in(stem: str) -> str | None:
+    """The quantization that a file's name ends with."""
+    mixes = table("mixes")
+    names = [n for n in (*mixes, *mixes["alias"]) if n != "alias" and n.lower() in stem]
+    return max(names, key=len, default=None)
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """The machine of --hardware, changed by what the other flags say. A card is asked for by --vram above 0."""
+    machine = machine_called(args.hardware or DEFAULT_HARDWARE)
+    changed = {"ram_bytes": args.ram and int(args.ram * GB), "ram_bandwidth": args.ram_bw and args.ram_bw * GB,
+               "cores": args.cores}  # fmt: skip
+    machine = replace(machine, **{name: value for name, value in changed.items() if value})
+    if args.vram == 0:
+        return replace(machine, gpu=None, name=f"{machine.name} without GPU")
+    if (args.vram or args.pcie) and machine.gpu is None:
+        raise PlanError(f"--vram, --pcie: {machine.name} has no GPU; name one with --hardware, such as rtx5080-128g")
+    if args.vram and machine.gpu:
+        machine = replace(machine, gpu=replace(machine.gpu, vram_bytes=int(args.vram * 2**30)))
+    if args.pcie and machine.gpu:
+        pcie_bytes_s(args.pcie)
+        machine = replace(machine, gpu=replace(machine.gpu, pcie=args.pcie, link_measured=0.0))
+    return machine
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """The flags as a request. Raises PlanError for flags that contradict each other."""
+    threshold = os.environ.get("GGML_OP_OFFLOAD_MIN_BATCH", "32")
+    if not threshold.isdecimal():
+        raise PlanError(f"GGML_OP_OFFLOAD_MIN_BATCH={threshold}: expected a whole number")
+    check_flags(args)
+    return Request(
+        ctx=args.ctx_size, ctk=args.cache_type_k, ctv=args.cache_type_v, ubatch=args.ubatch_size, depth=args.depth,
+        ngl=args.n_gpu_layers, overrides=tuple(args.overrides), fit=args.fit == "on", fit_target=args.fit_target * MIB,
+        fit_ctx=args.fit_ctx, threshold=int(threshold),
+    )  # fmt: skip
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise PlanError for placement flags of which one makes another meaningless."""
+    flags = {rule.flag for rule in args.overrides}
+    if {"--cpu-moe", "--n-cpu-moe"} <= flags:
+        raise PlanError("--cpu-moe and --n-cpu-moe contradict each other: all experts, or those of the first N layers")
+    if args.n_gpu_layers == "0" and flags & {"--cpu-moe", "--n-cpu-moe"}:
+        raise PlanError("-ngl 0 with --cpu-moe or --n-cpu-moe: nothing is on the GPU that could be kept off it; "
+                        "drop -ngl 0, or the other")  # fmt: skip
+    if getattr(args, "mode", "") == "cache" and (args.overrides or args.n_gpu_layers not in (None, "auto")):
+        raise PlanError("--mode cache with placement flags: the cache moves experts itself; drop one of them")
+
+
+def planned(model: Model, machine: Machine, request: Request, curve: Curve | None, mode: str) -> Plan:
+    if mode == "best":
+        return make_plan(model, machine, request, curve)
+    return (cached_plan if mode == "cache" else static_plan)(model, machine, request, curve)
+
+
+def curve_from(path: str, model: Model) -> Curve:
+    """Hit rates of the default policy replayed on a trace, at the shares between which lines are drawn."""
+    from moe_cupy.lab.runs import Job, run
+
+    shares = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
+    least = model.used_share / max(1, len(model.moe_layers))
+    points = [(s, float(run(Job(path, "echo", "none", s))["hit_rate"])) for s in shares if s >= least]
+    return replayed([*points, (1.0, 1.0)], f"policy echo on {Path(path).name}")

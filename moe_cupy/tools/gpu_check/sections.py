@@ -1,0 +1,231 @@
+"""What gpu-check finds out: each section yields rows, findings by name. ``ok`` in a row says whether it is right."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_cupy.cache import BudgetError, ExpertCache
+from moe_cupy.cache.policies import LRU
+from moe_cupy.kernels.cuda import launches, sources
+from moe_cupy.kernels.cuda.check import all_cases
+from moe_cupy.kernels.cuda.launches import Pointers, Residency
+from moe_cupy.kernels.matrix import Matrix
+from moe_cupy.kernels.samples import normal
+from moe_cupy.tools.gpu_check import speed
+from moe_cupy.tools.gpu_check.sanitizer import sanitizer
+from moe_cupy.tools.gpu_check.workbench import Workbench
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[3]
+CASE_BLOCKS = (128, 256)
+TOLERANCE = 1e-3  # times max(1, std of the logits), as for the reference against llama.cpp
+SHARES = (1.0, 0.5, 0.25, 0.125)  # of the routed experts, in the route-replay section
+
+
+def machine(bench: Workbench) -> Iterator[Row]:
+    """What this is measured on."""
+    from moe_cupy.tools.machine import facts_of_gpu
+
+    yield {"name": "device", "finding": f"{bench.choice}: {bench.device.name}"}
+    free, total = bench.device.memory()
+    yield {"name": "device memory", "finding": f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} free"}
+    yield from ({"name": name, "finding": finding} for name, finding in facts_of_gpu())
+
+
+def kernels(bench: Workbench) -> Iterator[Row]:
+    """Every case of every kernel against its float64 reference: the error as a share of what is allowed."""
+    yield from pool_rows(bench)
+    for block in CASE_BLOCKS:
+        for case in all_cases(block, bench.sizes.formats or sources.FORMATS):
+            share = case.run(bench.run)
+            names = sorted({one.kernel for one in case.launches})
+            yield {"name": f"{case.label}, blocks of {block}", "kernels": names, "share": share, "ok": share <= 1}
+
+
+def pool_rows(bench: Workbench, slots: int = 9, count: int = 40) -> Iterator[Row]:
+    """resolve and fill against the LRU cache of moe_cupy/cache, event by event: slots, loads and bytes."""
+    rng = np.random.default_rng(7)
+    cache = ExpertCache(12, (0, 0, 0), (slots,), LRU)
+    state, slot_of, key_of, last_use = (np.full(n, -1, np.int32) for n in (6, 36, slots, slots))
+    state[:], last_use[:] = 0, 0
+    r = Residency(state, slot_of, key_of, last_use)
+    experts = [rng.integers(0, 256, 80, dtype=np.uint8) for _ in range(36)]
+    held = [np.zeros(80, np.uint8) for _ in range(slots)]
+    wrong = 0
+    for event in range(count):
+        layer, ids = event % 3, rng.choice(12, 4, replace=False).astype(np.int32)
+        got, loads = np.zeros(4, np.int32), (np.zeros(4, np.int32), np.zeros(4, np.int32))
+        bench.run(launches.resolve(got, loads, ids, r, 12 * layer))
+        bench.run(launches.fill(Pointers(held), Pointers(experts), loads, r.state, 80))
+        plan = cache.access(layer, ids.tolist())
+        where = dict(plan.hits) | {load.key: load.slot for load in plan.loads}
+        keys = [12 * layer + int(e) for e in ids]
+        right = got.tolist() == [where[key] for key in keys]
+        wrong += not (right and all(np.array_equal(held[s], experts[key]) for s, key in zip(got, keys, strict=True)))
+    names = ["fill", "resolve"]
+    yield {"name": f"{count} events of a pool of {slots}", "kernels": names, "share": float(wrong), "ok": not wrong}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# whole models
+
+
+def model_files() -> list[tuple[Path, Path]]:
+    """(model, its logits by llama.cpp) of the tiny models that come with the tests."""
+    folder = ROOT / "tests" / "data" / "archs"
+    pairs = [(path, path.with_name(path.name.split(".")[0] + ".npz")) for path in sorted(folder.glob("*.gguf"))]
+    return [pair for pair in pairs if pair[1].exists()]
+
+
+def fewest_slots(path: Path, **options: Any) -> Any:
+    """An engine with as few slots as it accepts."""
+    from moe_cupy import Engine
+
+    try:
+        return Engine(path, cache="slots:0", **options)
+    except BudgetError as error:
+        return Engine(path, cache=f"slots:{str(error).split('slots:')[2].split()[0]}", **options)
+
+
+def models(bench: Workbench) -> Iterator[Row]:
+    """Tiny models: logits against llama.cpp's, and the same bits with all experts resident as with the fewest."""
+    from moe_cupy import Engine
+
+    for path, golden in model_files()[: bench.sizes.models]:
+        with np.load(golden) as arrays:
+            tokens, want = arrays["tokens"], arrays["logits"]
+        with Engine(path, device=bench.choice, cache="100%") as engine:
+            full = engine.logits(tokens)
+        with fewest_slots(path, device=bench.choice) as engine:
+            small, evicted = engine.logits(tokens), engine.stats.evictions
+        share = float(np.abs(full - want).max() / (TOLERANCE * max(1.0, float(want.std()))))
+        top, same = bool(np.array_equal(full.argmax(1), want.argmax(1))), bool(np.array_equal(small, full))
+        yield {
+            "name": path.name.split(".")[0], "share": share, "top-1 equal": top, "same with fewest slots": same,
+            "evictions": evicted, "ok": share <= 1 and top and same,
+        }  # fmt: skip
+
+
+def replay(bench: Workbench) -> Iterator[Row]:
+    """Tokens per second of a route-replay model of 2 GB at several cache sizes."""
+    from moe_cupy import Engine
+    from moe_cupy.lab.synth import Plan, synthesise
+    from moe_cupy.lab.trace import read_trace
+
+    trace, sizes = read_trace(ROOT / "data" / "moe-40m-routes.npz"), bench.sizes
+    tokens = min(trace.shape[0], sizes.hidden)
+    plan = Plan(tokens, trace.shape[1], trace.n_experts, trace.shape[2], sizes.hidden, sizes.ffn, "Q4_K")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "replay.gguf")
+        with path.open("wb") as out:
+            written = synthesise(out, trace, plan, 0)
+        yield {"name": "model", "GB": written / 1e9}
+        for share in SHARES:
+            with Engine(path, device=bench.choice, cache=f"{share:.1%}", ctx_size=sizes.tokens) as engine:
+                yield {"name": f"cache {share:.1%}"} | decoded(engine, sizes.tokens)
+
+
+def decoded(engine: Any, count: int) -> Row:
+    """Decode the first ``count`` ids; the rate, the hits and the stalls of the second half."""
+    half = count // 2
+    for token in range(half):
+        engine.decode(token)
+    before, start = engine.stats.to_dict(), time.perf_counter()
+    for token in range(half, count):
+        engine.decode(token)
+    seconds, after = time.perf_counter() - start, engine.stats.to_dict()
+    hits, misses = (after[name] - before[name] for name in ("hits", "misses"))
+    stall = (after["stall_us"] - before["stall_us"]) / 1e3 / (count - half)
+    return {"tok/s": (count - half) / seconds, "hit rate": hits / max(1, hits + misses), "stall ms/token": stall}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# copies beside work
+
+
+def bandwidth(bench: Workbench) -> Iterator[Row]:
+    """Copies: within device memory (bytes read plus written), and from host memory, pinned and pageable."""
+    n, device = bench.sizes.copy_bytes, bench.device
+    a, b, pinned, plain = device.alloc(n), device.alloc(n), device.pinned(n), np.zeros(n, np.uint8)
+    pinned[...] = 1
+    yield {"name": "device to device, read + write", "GB/s": 2 * bench.copy_gbps(b, a)}
+    yield {"name": "pinned host to device", "GB/s": bench.copy_gbps(a, pinned)}
+    yield {"name": "device to pinned host", "GB/s": bench.copy_gbps(pinned, a)}
+    yield {"name": "pageable host to device", "GB/s": n / bench.seconds(lambda: device.upload(plain)) / 1e9}
+
+
+def overlap(bench: Workbench) -> Iterator[Row]:
+    """A synthetic schedule of misses: experts of one slab arrive in two slots in turn while kernels use the other.
+
+    Ideal is what the longer of the two takes alone, and one step of the other. The work of a step is a number of
+    launches that is chosen so that work takes about as long as the copy, half as long, and twice.
+    """
+    schedule = MissSchedule(bench)
+    copy = schedule.milliseconds(copies=True, launches_each=0)
+    one = schedule.milliseconds(copies=False, launches_each=4) / 4
+    for factor in (0.5, 1.0, 2.0):
+        each = max(1, round(factor * copy / max(one, 1e-9)))
+        work = schedule.milliseconds(copies=False, launches_each=each)
+        achieved = schedule.milliseconds(copies=True, launches_each=each)
+        ideal = max(copy, work) + min(copy, work) / schedule.steps
+        yield {
+            "name": f"work {factor:g} x copy", "copies alone ms": copy, "work alone ms": work, "ideal ms": ideal,
+            "achieved ms": achieved, "efficiency": ideal / achieved,
+        }  # fmt: skip
+
+
+class MissSchedule:
+    """Steps of one copy and some launches each, on two streams that events order."""
+
+    def __init__(self, bench: Workbench, steps: int = 16):
+        self.bench, self.steps, n = bench, steps, bench.sizes.slab_bytes
+        self.slots = [bench.device.alloc(n) for _ in range(2)]
+        self.source = bench.device.pinned(n)
+        self.source[...] = 0
+        self.copies = bench.device.stream("copies")
+        cols = 256
+        self.x = bench.send(normal(np.random.default_rng(0), 1, cols))
+        rows = n // (cols // 32 * 34)
+        self.matrices = [Matrix("Q8_0", rows, cols, slot) for slot in self.slots]
+        self.out = bench.unset(1, rows)
+
+    def milliseconds(self, copies: bool, launches_each: int) -> float:
+        """The whole schedule, best of three, after one that is not counted."""
+        return 1e3 * min([self._once(copies, launches_each) for _ in range(4)][1:])
+
+    def _once(self, copies: bool, launches_each: int) -> float:
+        bench, used = self.bench, list[Any]([None, None])  # when the slots' last launches were over
+        start = time.perf_counter()
+        for step in range(self.steps):
+            slot = step % 2
+            if copies:
+                if used[slot] is not None:
+                    self.copies.wait(used[slot], "slot in use")
+                bench.device.copy_async(self.slots[slot], self.source, self.copies)
+                bench.stream.wait(self.copies.record(), "copy")
+            for _ in range(launches_each):
+                bench.device.run(launches.gemv(self.out, self.matrices[slot], self.x), bench.stream)
+            used[slot] = bench.stream.record()
+        bench.finish()
+        self.copies.record().synchronize()
+        return time.perf_counter() - start
+
+
+Section = Callable[[Workbench], Iterator[Row]]
+# In order, with the seconds that each may take; together below eight minutes, as a test says.
+SECTIONS: dict[str, tuple[Section, float]] = {
+    "machine": (machine, 20),
+    "bandwidth": (bandwidth, 20),
+    "kernels": (kernels, 100),
+    "speed": (speed.speed, 50),
+    "overlap": (overlap, 20),
+    "models": (models, 60),
+    "replay": (replay, 100),
+    "sanitizer": (sanitizer, 90),
+}
