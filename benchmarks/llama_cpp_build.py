@@ -37,7 +37,7 @@ def from_pypi(cache: Path = CACHE) -> LlamaCpp:
     venv.create(folder / "venv", with_pip=True)
     tools = folder / "venv" / "bin"
     _run(tools / "pip", "install", "--quiet", "cmake", "ninja")
-    _run(tools / "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-python",
+    _run(tools / "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python",
          "--dest", folder, f"llama-cpp-python=={VERSION}")  # fmt: skip
     with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")

@@ -6,7 +6,7 @@ Every GGUF under archs/ and quants/ of the reference sets (../shared/data/golden
 compared with llama.cpp's strict logits (its own on F32 twins; ``logits_deq`` for quantized files), with 16 greedy
 tokens, with the residual stream and the routes of each layer, with 160 positions and the 8 tokens after them where
 given, and, for information, with transformers.
-Tolerance: 1e-3 * max(1, std of the logits). ``--engine`` runs the runtime on the host device at the minimum cache
+Tolerance: 1e-3 * max(1, std of the logits). ``--engine`` runs the runtime on ``--device`` (host) at the minimum cache
 instead of the reference; ``--act q8`` compares rounded activations with llama.cpp on the quantized files instead, by
 the median, which must be within a fifth of float32's. Exit code 1 if a file that can be run disagrees or none can be
 run; files that cannot are listed with the reason, and are a failure of the reference.
@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,16 @@ def reference(path: Path) -> Iterator[Run]:
 
 
 @contextmanager
-def engine(path: Path) -> Iterator[Run]:
-    """The runtime on the host device with as few slots as it accepts."""
+def engine(path: Path, device: str = "host") -> Iterator[Run]:
+    """The runtime on a device with as few slots as it accepts."""
     from moe_cupy import Engine
     from moe_cupy.cache import BudgetError
 
+    options = {"device": device, "prefetch": "next-gate"}
     try:
-        made = Engine(path, cache="slots:0", prefetch="next-gate")
+        made = Engine(path, cache="slots:0", **options)
     except BudgetError as error:
-        made = Engine(path, cache=f"slots:{str(error).split('slots:')[2].split()[0]}", prefetch="next-gate")
+        made = Engine(path, cache=f"slots:{str(error).split('slots:')[2].split()[0]}", **options)
     with made as runtime:
         yield (runtime.config.architecture, runtime.logits,
                lambda tokens, count: list(runtime.generate_tokens(tokens, count)), {})  # fmt: skip
@@ -173,6 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", type=Path, nargs="+", default=GOLDEN, metavar="FOLDER")
     parser.add_argument("--engine", action="store_true", help="run moe_cupy at the minimum cache")
+    parser.add_argument("--device", default="host", help="where, with --engine: host, emulated, cuda")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the marks of this page")
     parser.add_argument("--act", choices=["f32", "q8"], default="f32", help="q8: compare rounded activations instead")
     args = parser.parse_args()
@@ -187,7 +190,7 @@ def main() -> int:
     print(*table, sep="\n")
     for path in paths:
         try:
-            cells, passed = row(path, engine if args.engine else reference)
+            cells, passed = row(path, partial(engine, device=args.device) if args.engine else reference)
         except ValueError as error:
             refused.append(f"{path.stem}: {str(error)[:160]}")
             continue

@@ -153,7 +153,8 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
                     yield {
                         "test": f"tg{args.n_gen}" if args.n_gen else f"pp{args.n_prompt_now}", "llama": setting,
                         "threads": args.threads, "limit": args.memory_limit or "", "pair": pair,
-                        "model": args.model.name, "cpu": cpu_name(), "flags": args.ours, "cache": bench.cache,
+                        "model": args.model.name, "cpu": cpu_name(), "read_ahead": limits.read_ahead_bytes(args.model),
+                        "flags": args.ours, "cache": bench.cache,
                         "wait": bench.waits.get(setting, ""), "ours": bench.ours(), "theirs": bench.theirs(setting),
                     }  # fmt: skip
         args.n_gen = both

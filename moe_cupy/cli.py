@@ -14,7 +14,7 @@ import numpy as np
 from moe_cupy.cache import POLICIES
 from moe_cupy.device import CHOICES
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
-from moe_cupy.plan_commands import add_plan
+from moe_cupy.plan_commands import add_placement, add_plan, placement_lines
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
@@ -32,8 +32,6 @@ from moe_ref.command import (
     whole_file,
 )
 
-GPU_PLACEMENT = {"n_gpu_layers": "-ngl", "override_tensor": "-ot", "cpu_moe": "--cpu-moe", "n_cpu_moe": "--n-cpu-moe"}
-
 
 def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) -> None:
     """How to run, in llama.cpp's spellings; ``act`` is the default of --act, ``threads`` reads the value of -t."""
@@ -42,6 +40,7 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
     add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
     add("--host-cache", default="auto", help="experts in page-locked RAM before a GPU: 2GiB, 25%%, slots:N or auto")
+    add("--decode", choices=["host", "device"], default="host", help="who decides what is loaded: host, device (LRU)")
     add("--policy", choices=list(POLICIES), default="echo", help="whom to evict (default echo)")
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
@@ -54,10 +53,7 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("--store", metavar="STORE", help="read experts from this file, made by repack (default: from the model)")
     add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
     add("--reads", dest="reads_in_flight", type=number(1, 256), default=4, help="expert reads in flight (default 4)")
-    add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", help="layers on the GPU (needs --device cuda)")
-    add("-ot", "--override-tensor", help="regex=device,… (needs --device cuda)")
-    add("-cmoe", "--cpu-moe", action="store_true", default=None, help="all experts on the CPU (needs --device cuda)")
-    add("-ncmoe", "--n-cpu-moe", type=int, help="experts of the first N layers on the CPU (needs --device cuda)")
+    add_placement(parser)
 
 
 def open_engine(args: argparse.Namespace) -> Any:
@@ -67,9 +63,8 @@ def open_engine(args: argparse.Namespace) -> Any:
 
     if first_run():
         note("compiling host kernels (first run only, some seconds)…")
-    for name, flag in GPU_PLACEMENT.items():
-        if getattr(args, name) is not None and args.device in ("auto", "host"):
-            note(f"{flag} has no effect on the host device: everything is computed by the CPU")
+    for line in placement_lines(args):
+        note(line)
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
     engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
@@ -198,6 +193,11 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
     if not os.path.isdir(args.folder):
         raise RequestError(f"--folder {args.folder}: there is no such folder")
+    if args.write:
+        from moe_cupy.profile_command import write_profile
+
+        write_profile(args.write, args.folder)
+        return 0
     for name, finding in machine.facts(args.folder):
         print(f"{name:14} {finding}", flush=True)
     passed = True
@@ -228,6 +228,18 @@ def _add_repack(repacked: argparse.ArgumentParser) -> None:
     repacked.add_argument("--verify", action="store_true", help="write nothing: compare all of STORE's checksums")
 
 
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    add_engine(bench, "q8", threads=_counts)
+    bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
+    bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
+    bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
+    bench.add_argument("-d", "--n-depth", type=_counts, default=[0], help="tokens in the context before, e.g. 0,4096")
+    bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
+    bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
+    bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
+    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line contract."""
     parser = argparse.ArgumentParser("moe_cupy", description="Run mixture-of-experts models that do not fit.")
@@ -252,24 +264,14 @@ def build_parser() -> argparse.ArgumentParser:
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")
-    bench = command("bench", cmd_bench, engine=False)
-    add_engine(bench, "q8", threads=_counts)
-    bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
-    bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
-    bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
-    bench.add_argument("-d", "--n-depth", type=_counts, default=[0], help="tokens in the context before, e.g. 0,4096")
-    bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
-    bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
-    bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
-    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
+    _add_bench(command("bench", cmd_bench, engine=False))
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
+    doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_gpu_check(command)
-    add_routes(commands)
-    add_replay(commands)
-    add_synth(commands)
-    add_plan(commands)
+    for add in (add_routes, add_replay, add_synth, add_plan):
+        add(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser

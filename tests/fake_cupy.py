@@ -100,6 +100,7 @@ class Cupy:
         return Module(self, code)
 
     def _alloc(self, nbytes: int) -> Any:
+        assert all(s.captured is None for s in self._by_pointer.values()), "memory while a stream is captured"
         if nbytes > self.free:
             raise MemoryError(f"Out of memory allocating {nbytes} bytes")
         self.free -= nbytes
@@ -115,6 +116,7 @@ class Cupy:
 
     def _memcpy(self, dst: int, src: int, size: int, kind: int, stream: int) -> None:
         assert kind == 4 and size > 0
+        assert all(s.captured is None for s in self._by_pointer.values()), "a copy while a stream is captured"
         self.note("copy", (dst, src, size, self._by_pointer[stream].number))
         self._by_pointer[stream].thread.run(lambda: ctypes.memmove(dst, src, size))
 
@@ -133,6 +135,7 @@ class Stream:
     def __init__(self, cupy: Cupy):
         self._cupy, self.number = cupy, next(self.numbers)
         self.ptr, self.thread = id(self), ThreadStream(f"cuda-{self.number}")
+        self.captured: list[Launch] | None = None  # since begin_capture
 
     def __enter__(self) -> Stream:
         self._cupy.current.stream = self
@@ -146,7 +149,20 @@ class Stream:
         self._cupy.note("wait", (self.number, event.number))
         self.thread.wait(event.point, "")
 
+    def begin_capture(self) -> None:
+        assert self._cupy.current.stream is self
+        self.captured = []
+
+    def end_capture(self) -> Any:
+        captured, self.captured = self.captured, None
+        return SimpleNamespace(launch=lambda stream: stream.replay(captured))
+
+    def replay(self, captured: list[Launch]) -> None:
+        self._cupy.note("graph", (len(captured), self.number))
+        self.thread.run(lambda: [emulated().launch(launch) for launch in captured])
+
     def synchronize(self) -> None:
+        assert self.captured is None, "a stream that is being captured cannot be waited for"
         self._cupy.note("Stream.synchronize", self.number)
         self.thread.record().synchronize()
 
@@ -167,7 +183,10 @@ class Event:
 
     @property
     def done(self) -> bool:
-        return self.point.done()
+        is_over = self.point.done()
+        if is_over:
+            self._cupy.note("done", self.number)
+        return is_over
 
     def synchronize(self) -> None:
         self._cupy.note("Event.synchronize", self.number)
@@ -196,6 +215,9 @@ class Module:
         stream = self._cupy.current.stream
         given = tuple(plain(kind, value) for (_, kind), value in zip(kernel.parameters, args, strict=True))
         launch = Launch(kernel.name, grid, block[0], given, shared_bytes)
+        if stream.captured is not None:
+            stream.captured.append(launch)
+            return
         self._cupy.note("launch", (kernel.name, stream.number))
         stream.thread.run(lambda: emulated().launch(launch))
 

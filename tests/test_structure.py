@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"*"},
     "lab_commands": {"*"},
     "plan_commands": {"*"},
+    "profile_command": {"*"},
     "demo": {"*"},
     "__main__": {"cli"},
     "__init__": {"engine", "moe_ref.__version__"},

@@ -161,7 +161,7 @@ class Echo(Policy):
     def victim(self, pinned: Collection[int]) -> int | None:
         self._prepare()
         while True:
-            key = min((key for key in self._lowest if key >= 0), key=self._worth, default=-1)
+            key = min([key for key in self._lowest if key >= 0], key=self._worth, default=-1)
             if key < 0:
                 return None
             layer = key // self._experts
@@ -176,11 +176,13 @@ class Echo(Policy):
 
     def _worth(self, key: int) -> float:
         """Hits per layer of waiting that the key promises from here."""
-        return max(self._q[key] / self._ahead(key // self._experts), self._later[key])
+        now, later = self._q[key] / self._ahead(key // self._experts), self._later[key]
+        return now if now > later else later
 
     def _ahead(self, layer: int) -> int:
         """Layers until a layer's next turn: 1 for the next one, L for the current one."""
-        return (layer - self._layer - 1) % self._layers + 1
+        ahead = layer - self._layer
+        return ahead if ahead > 0 else ahead + self._layers
 
     def _prepare(self) -> None:
         """Look at who was used or came, and whose turn has just been."""
@@ -234,9 +236,9 @@ class Echo(Policy):
 
     def _find_lowest(self, layer: int, pinned: Collection[int]) -> None:
         """Who of a layer's residents but ``pinned`` is worth least; of equals the one with the lowest id."""
-        there = self._resident[layer]
+        there, ahead, q, later = self._resident[layer], self._ahead(layer), self._q, self._later
         candidates = [key for key in there if key not in pinned] if pinned else there
-        self._lowest[layer] = min(candidates, key=lambda key: (self._worth(key), key), default=-1)
+        self._lowest[layer] = min([(max(q[key] / ahead, later[key]), key) for key in candidates], default=(0, -1))[1]
 
     def _update(self, layer: int, key: int) -> None:
         lowest = self._lowest[layer]

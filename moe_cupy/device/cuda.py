@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter, deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,19 @@ class CudaDevice(DiscreteDevice):
         args = tuple(map(_argument, kinds, launch.args))
         with stream.raw:
             kernel(launch.grid, (launch.block, 1, 1), args, shared_mem=launch.shared_bytes)
+
+    @contextmanager
+    def capture(self, stream: Any) -> Iterator[SimpleNamespace]:
+        graph = SimpleNamespace(raw=None)
+        with stream.raw:
+            stream.raw.begin_capture()
+            try:
+                yield graph
+            finally:
+                graph.raw = stream.raw.end_capture()
+
+    def replay(self, graph: Any, stream: Any) -> None:
+        graph.raw.launch(stream.raw)
 
     def memory(self) -> tuple[int, int]:
         free, total = self._runtime.memGetInfo()

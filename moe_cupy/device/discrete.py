@@ -8,7 +8,8 @@ out of it is done; what is fetched is there after the stream's next event.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class DeviceWorkspace:
     def __init__(self, device: DiscreteDevice, stream: Any):
         self._device, self._stream = device, stream
         self._arrays: dict[tuple[Any, ...], Any] = {}
+        self.position: Any = None  # int32 [1]: where the one token of a pass is, if launches are to be used again
 
     def scratch(self, name: str, *shape: int, dtype: Any = np.float32) -> Any:
         """Device memory under this name and shape; holds what was last written."""
@@ -51,6 +53,19 @@ class DeviceWorkspace:
     def numbers(self, first: int, count: int) -> Any:
         """int32 [count] in device memory: first, first + 1, …"""
         return self._device.numbers(first, count)
+
+    def positions(self, first: int, count: int) -> Any:
+        """int32 [count] in device memory: first, first + 1, …, or whatever the fixed position is."""
+        return self.numbers(first, count) if self.position is None else self.position
+
+    def horizon(self, seen: int, capacity: int) -> int:
+        """For how many positions attention is launched: with a fixed position, for all there can be."""
+        return seen if self.position is None else capacity
+
+    def constant(self, name: str, values: np.ndarray) -> Any:
+        """``values``, always the same under this name and shape, in device memory."""
+        known = (name, values.shape, values.dtype) in self._arrays
+        return self.scratch(name, *values.shape, dtype=values.dtype) if known else self.put(name, values)
 
     def addresses(self, arrays: Sequence[Any]) -> np.ndarray:
         """uint64 [n]: where arrays begin in device memory."""
@@ -100,10 +115,26 @@ class DiscreteDevice:
         return self.alloc(int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
+        self.launch_all(OPS[op].cuda, stream, **buffers)
+
+    def launch_all(self, launches: Callable[..., Iterable[Launch]], stream: Any, **buffers: Any) -> None:
+        """Run what ``launches`` makes of a workspace and buffers."""
+        for launch in launches(self.workspace(stream), **buffers):
+            self.run(launch, stream)
+
+    def workspace(self, stream: Any) -> DeviceWorkspace:
+        """What the launches of a stream share."""
         if stream.name not in self._workspaces:
             self._workspaces[stream.name] = DeviceWorkspace(self, stream)
-        for launch in OPS[op].cuda(self._workspaces[stream.name], **buffers):
-            self.run(launch, stream)
+        return self._workspaces[stream.name]
+
+    def capture(self, stream: Any) -> AbstractContextManager[Any]:
+        """Inside, launches of ``stream`` do not run but become the graph that this gives."""
+        raise NotImplementedError
+
+    def replay(self, graph: Any, stream: Any) -> None:
+        """Run a graph in stream order."""
+        raise NotImplementedError
 
     def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
         size = max(SMALLEST_BLOCK, 1 << (values.nbytes - 1).bit_length())

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -51,11 +53,14 @@ class EmulatedDevice(DiscreteDevice, HostDevice):
 
     def __init__(self) -> None:
         self.kernels = library()
+        self._graph: list[Launch] | None = None  # that is being captured
         DiscreteDevice.__init__(self)
         HostDevice.__init__(self, 1)
         self._arena = self.pinned(ARENA)
 
     def alloc(self, nbytes: int) -> np.ndarray:
+        if self._graph is not None:
+            raise DeviceError("memory asked for inside a graph: it has to be there before")
         memory = HostDevice.alloc(self, nbytes)
         memory[...] = 0xFF  # NaN as any float
         return memory
@@ -64,6 +69,8 @@ class EmulatedDevice(DiscreteDevice, HostDevice):
         return HostDevice.alloc(self, nbytes)
 
     def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
+        if self._graph is not None:
+            raise DeviceError("a copy inside a graph: what is sent would be what it was when the graph was made")
         HostDevice.copy_async(self, dst, src, stream)
 
     def upload(self, host: np.ndarray) -> np.ndarray:
@@ -75,4 +82,23 @@ class EmulatedDevice(DiscreteDevice, HostDevice):
         return array.ctypes.data
 
     def run(self, launch: Launch, stream: Any) -> None:
-        stream.run(lambda: self.kernels.launch(launch))
+        if self._graph is not None:
+            self._graph.append(launch)
+        else:
+            stream.run(lambda: self.kernels.launch(launch))
+
+    @contextmanager
+    def capture(self, stream: Any) -> Iterator[list[Launch]]:
+        graph: list[Launch] = []
+        self._graph = graph
+        try:
+            yield graph
+        finally:
+            self._graph = None
+
+    def replay(self, graph: list[Launch], stream: Any) -> None:
+        def run() -> None:
+            for launch in graph:
+                self.kernels.launch(launch)
+
+        stream.run(run)

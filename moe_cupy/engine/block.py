@@ -56,6 +56,7 @@ class Pass:
     kv: Any  # DeviceKV
     tables: dict[int, tuple[Any, Any]]  # layer -> cosines and sines [T, n_rot/2]
     temperature: dict[int, Any]  # layer -> factor on scores [T]
+    ids: Any  # int32 [T]
     x: Any  # [T, D] residual stream
 
 

@@ -17,6 +17,7 @@ from moe_cupy.cache import Counters
 from moe_cupy.compiled import POLICIES
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
+from moe_cupy.engine.driven import DrivenForward, place_resident
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.placement import Placement, open_store, place_experts
@@ -56,6 +57,7 @@ class Options:
     direct_io: bool = True
     reads_in_flight: int = 4
     act: str = "f32"  # of activations that meet a quantized matrix; "q8" rounds them to 8 bits, several times faster
+    decode: str = "host"  # who decides what is loaded: host (policies, disk) or device (LRU, a token is one graph)
     progress: bool = False  # show on stderr how far loading is
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class Options:
             (self.policy, POLICIES, "--policy"),
             (self.prefetch, PREFETCHERS, "--prefetch"),
             (self.act, ("f32", "q8"), "--act"),
+            (self.decode, ("host", "device"), "--decode"),
         ):
             if value not in table:
                 raise ValueError(f"{flag} {value}: unknown; use one of {', '.join(table)}")
@@ -152,13 +155,13 @@ class Engine:
         """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s."""
         self.reset()
         ids = self._checked(tokens)
-        step = self.options.ubatch_size
+        step = self._step
         return np.concatenate([self._timed(ids[i : i + step], False, True) for i in range(0, len(ids), step)])
 
     def prefill(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Feed ``tokens`` [T] after what was fed before; logits [vocab] of the last."""
         ids = self._checked(tokens)
-        step = self.options.ubatch_size
+        step = self._step
         for i in range(0, len(ids), step):
             logits = self._timed(ids[i : i + step], True, True)
         return logits[-1]
@@ -183,6 +186,8 @@ class Engine:
             self.forward.prefetcher = PREFETCHERS[self.options.prefetch]()
             if self.mover is not None:
                 self.mover.empty()
+            if isinstance(self.forward, DrivenForward):
+                self.forward.experts.empty()
         self.reset_stats()
 
     def encode(self, text: str) -> list[int]:
@@ -197,10 +202,17 @@ class Engine:
         return self._tokenizer
 
     @property
+    def _step(self) -> int:
+        """Prompt tokens at a time: one where the device decides, which does so token by token."""
+        return 1 if self.options.decode == "device" and self.config.is_moe else self.options.ubatch_size
+
+    @property
     def stats(self) -> Stats:
         """The counters so far."""
         stalled = self.device.stalls().get(WAIT_EXPERTS, 0.0) - self._stalled_before
         moved: dict[str, Any] = self.mover.counters() if self.mover is not None else {}
+        if isinstance(self.forward, DrivenForward):
+            moved = self.forward.experts.counters()
         return replace(self._stats, stall_us=int(1e6 * stalled), **moved)
 
     def reset_stats(self) -> None:
@@ -211,10 +223,13 @@ class Engine:
             mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
             for pool in (*mover.cache.pools, *mover.transport.pools):
                 pool.counters = Counters()
+        driven = isinstance(self.forward, DrivenForward)
+        if isinstance(self.forward, DrivenForward):
+            self.forward.experts.reset_counters()
         self._stats = Stats(
             device=self.device.name,
-            policy=self.options.policy,
-            prefetch=self.options.prefetch,
+            policy="lru" if driven else self.options.policy,
+            prefetch="none" if driven else self.options.prefetch,
             cache_slots=self.placement.slots,
             cache_bytes=self.placement.cache_bytes,
             experts=self.placement.experts,
@@ -233,18 +248,25 @@ class Engine:
     def _load(self) -> None:
         o, c = self.options, self.config
         self.weights = load_dense(self.device, self.file, c, self.views, o.progress)
-        self.mover, reason = None, ""
+        self.mover, driven, reason = None, None, ""
         if c.is_moe:
             layout = expert_layout(self.file, self.views, c.block_count, c.expert_count)
             store = open_store(self.file, layout, o.store, o.direct_io)
-            self.mover, reason = place_experts(
-                self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight, o.host_cache
-            )
-            self._resources.append(self.mover.store)
+            if o.decode == "device":
+                driven, reason = place_resident(self.device, store, c.expert_used_count, o.cache)
+            else:
+                self.mover, reason = place_experts(
+                    self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight, o.host_cache
+                )
+            self._resources.append(store)
         self.placement = Placement.of(self.weights.nbytes, self.mover, reason)
         capacity = o.ctx_size or min(DEFAULT_CONTEXT, c.context_length)
         self.kv = DeviceKV(self.device, c, capacity, o.cache_type_k, o.cache_type_v)
-        self.forward = Forward(self.device, c, self.weights, self.mover, PREFETCHERS[o.prefetch]())
+        parts: Any = (self.device, c, self.weights, self.mover, PREFETCHERS[o.prefetch]())
+        self.forward = Forward(*parts)
+        if driven is not None:
+            self.placement = driven.placement(self.weights.nbytes, store.how, reason)
+            self.forward = DrivenForward(*parts, experts=driven)
         self.reset_stats()
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -69,7 +69,13 @@ class Forward:
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
         """Logits [T, vocab] (or [1, vocab] of the last token) for tokens int64 [T] that follow ``kv.length``."""
-        run = self._begin(tokens, kv)
+        return self._fetched_logits(self._pass(self._begin(tokens, kv), last_only))
+
+    def _pass(self, run: Pass, last_only: bool) -> Any:
+        """All launches of a pass: logits [T or 1, vocab] in device memory."""
+        self._launch("embed", table=self.weights.token_embd, ids=run.ids, out=run.x)
+        if self.config.embedding_scale != 1.0:
+            self._launch("scale", x=run.x, factor=self.config.embedding_scale)
         for layer, w in zip(self.config.layers, self.weights.layers, strict=True):
             block = Block(run, layer, w)
             self._mix(block)
@@ -82,18 +88,14 @@ class Forward:
         return self._head(run, run.x[-1:] if last_only else run.x)
 
     def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
-        """The residual stream before the first layer, and what depends on the positions alone."""
+        """Room for the residual stream, and what depends on ids and positions alone, sent to the device."""
         c = self.config
         scratch = self._decode_scratch if len(tokens) == 1 else Scratch(self.device, self.stream)
         positions = kv.length + np.arange(len(tokens))
-        x = scratch("x", len(tokens), c.embedding_length)
-        ids = scratch.put("tokens", tokens.astype(np.int32))
-        self._launch("embed", table=self.weights.token_embd, ids=ids, out=x)
-        if c.embedding_scale != 1.0:
-            self._launch("scale", x=x, factor=c.embedding_scale)
         heat = {layer.index: temperature(c, layer, positions) for layer in c.layers} if c.temperature else {}
         return Pass(
-            config=c, launch=self._launch, scratch=scratch, kv=kv, tables=self._tables(positions, scratch), x=x,
+            config=c, launch=self._launch, scratch=scratch, kv=kv, tables=self._tables(positions, scratch),
+            ids=scratch.put("tokens", tokens.astype(np.int32)), x=scratch("x", len(tokens), c.embedding_length),
             temperature={i: scratch.put(f"heat {i}", t.astype(np.float32)) for i, t in heat.items() if t is not None},
         )  # fmt: skip
 
@@ -115,9 +117,10 @@ class Forward:
             tables |= dict.fromkeys(layers, pair)
         return tables
 
-    def _head(self, run: Pass, x: Any) -> np.ndarray:
+    def _head(self, run: Pass, x: Any) -> Any:
         c, w = self.config, self.weights
-        logits = self.device.alloc(4 * len(x) * c.vocab_size).view(np.float32).reshape(len(x), c.vocab_size)
+        scratch = Scratch(self.device, self.stream) if self.device.is_unified else run.scratch  # kept, or copied
+        logits = scratch("logits", len(x), c.vocab_size)
         weight, bias = w.output_norm
         centred = c.quirks.norm == "layer"
         self._launch("norm", x=x, weight=weight, bias=bias, epsilon=c.norm_epsilon, centred=centred, out=x)
@@ -126,6 +129,10 @@ class Forward:
             self._launch("scale", x=logits, factor=1 / c.logit_scale)
         if c.final_logit_softcapping:
             self._launch("softcap", x=logits, limit=c.final_logit_softcapping)
+        return logits
+
+    def _fetched_logits(self, logits: Any) -> np.ndarray:
+        """Logits in host memory, once they are there."""
         host = self.device.fetch("logits", logits, self.stream)
         self.stream.record().synchronize()
         return host if self.device.is_unified else host.copy()

@@ -49,6 +49,11 @@ class DeviceKV:
         zeros, *both = self._states[index]
         return (both[self._current] if self.length else zeros), both[1 - self._current]
 
+    @property
+    def parity(self) -> int:
+        """Which of the two copies of recurrent states is read next."""
+        return self._current
+
     def advance(self, n_tokens: int) -> None:
         """A pass over ``n_tokens`` has succeeded."""
         self.length += n_tokens

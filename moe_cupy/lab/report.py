@@ -85,7 +85,7 @@ def figure(rows: Rows, routes: str) -> Any:
             colours(i % 20), "-.", 1.2)  # fmt: skip
         label = policy if prefetch == "none" else f"{policy} + {prefetch}"
         x = [100 * row["capacity"] for row in line]
-        look = {"color": colour, "ls": style, "lw": width, "marker": "o", "ms": 3, "label": label}
+        look = {"color": colour, "ls": style, "lw": width, "zorder": 2 + width, "marker": "o", "ms": 3, "label": label}
         left.plot(x, [100 * row["hit_rate"] for row in line], **look)
         right.plot(x, [row["stall_ms_per_token"] for row in line], **look)
     left.set(xlabel="experts that fit (%)", ylabel="hits (%)", title="Hit rate: higher is better")

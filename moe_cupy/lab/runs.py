@@ -125,7 +125,7 @@ def names(text: str, everything: Sequence[str]) -> list[str]:
 
 
 def jobs(routes: Sequence[str], policy: str, prefetch: str, capacities: Sequence[float], **same: Any) -> list[Job]:
-    """Every combination that the traces allow; Belady always, without prefetch."""
+    """Every combination that the traces allow; Belady always, alone and with the oracle where it is asked for."""
     made = []
     for path in routes:
         predictors = names(prefetch, ALL_PREFETCHERS)
@@ -133,8 +133,9 @@ def jobs(routes: Sequence[str], policy: str, prefetch: str, capacities: Sequence
             predictors.remove("next-gate")
         for capacity in capacities:
             chosen = names(policy, ALL_POLICIES)
-            wanted = [(p, f) for p in chosen for f in (["none"] if p in OFFLINE else predictors)]
-            wanted += [(limit, "none") for limit in LIMITS]
+            knowing_all = [f for f in predictors if f == ORACLE]
+            wanted = [(p, f) for p in chosen for f in (["none", *knowing_all] if p in OFFLINE else predictors)]
+            wanted += [(limit, f) for limit in LIMITS for f in ("none", *knowing_all)]
             made += [Job(path, p, f, capacity, **same) for p, f in dict.fromkeys(wanted)]
     return made
 

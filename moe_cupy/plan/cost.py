@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import comb, prod
 from typing import Any
 
 from moe_cupy.plan.hardware import Machine
@@ -182,6 +182,39 @@ def cache_disk_term(model: Model, machine: Machine, cache: Cache, hit: Callable[
     missed = min(1 - cache.hit_rate, 1 - hit(max(0.0, room / model.routed_bytes)))
     read = missed * model.routed_bytes * model.used_share
     return _bytes_over(f"from disk, {missed:.0%} of a token's experts", read, machine.disk_practical)
+
+
+def waiting(missed: float, used: int, read_s: float, compute_s: float) -> float:
+    """Expected seconds that a layer waits for experts from disk: of its ``used`` experts each is missing with
+    probability ``missed``, reads follow one another, and meanwhile all but the last expert are computed."""
+    seconds = 0.0
+    for m in range(1, used + 1):
+        chance = comb(used, m) * missed**m * (1 - missed) ** (used - m)
+        seconds += chance * max(0.0, m * read_s - (used - 1) * compute_s)
+    return seconds
+
+
+def host_decode(model: Model, machine: Machine, hit_rate: float) -> list[Term]:
+    """One token on this runtime's host device: weights in RAM, experts in a cache there or read from disk.
+
+    From a profile that ``doctor --write`` measured, otherwise from the CPU's table.
+    """
+    measured, e = machine.measured, table("engines")["cpu"]
+    layer_us = measured.get("layer_us", e["step_us"])
+    rate = 1e9 * measured["weights_gbps"] if "weights_gbps" in measured else machine.ram_practical
+    nbytes = sum(model.read_per_token(t) for t in model.tensors) + model.tied_bytes
+    terms = [
+        _bytes_over("weights, by the CPU", nbytes, rate),
+        Term("layers", model.layers * layer_us * 1e-6, f"{model.layers} layers x {layer_us:.0f} us"),
+    ]
+    if model.experts and hit_rate < 1:
+        layers, k, expert = len(model.moe_layers), model.expert_used_count, model.expert_bytes
+        wait = waiting(1 - hit_rate, k, expert / machine.disk_practical, expert / rate)
+        disk = machine.disk_practical / 1e9
+        text = (f"{layers} layers x E[max(0, m x {size_text(expert)} / {disk:.2f} GB/s - {k - 1} x "
+                f"{1e3 * expert / rate:.2f} ms)], m of {k} missing, each with {1 - hit_rate:.1%}")  # fmt: skip
+        terms.append(Term("waiting for experts from disk", layers * wait, text))
+    return terms
 
 
 def _past(model: Model, placement: Placement, settings: Settings, depth: int, device: str) -> float:

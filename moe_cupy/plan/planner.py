@@ -11,6 +11,7 @@ from moe_cupy.plan.cost import (
     Cache,
     Term,
     cached_decode,
+    host_decode,
     offload_threshold,
     prefill,
     size_text,
@@ -191,12 +192,29 @@ def _finished(model: Model, machine: Machine, request: Request, curve: Curve, ch
     )  # fmt: skip
 
 
+def host_plan(model: Model, machine: Machine, request: Request, curve: Curve | None = None) -> Plan:
+    """This runtime's host device, on a machine that ``doctor --write`` measured: experts in RAM as far as they go."""
+    curve = curve or curve_of(model)
+    settings, _ = settings_of(model, request)
+    placement = place(model, 0, [], None)
+    past = all_pasts(model, settings)
+    room = machine.ram_bytes - SYSTEM_RAM - (model.nbytes - model.routed_bytes) - past
+    slots = min(model.experts, int(max(0, room) // model.expert_bytes)) if model.experts else 0
+    share = slots / model.experts if model.experts else 1.0
+    terms = host_decode(model, machine, curve(share))
+    steps = (f"dense part, KV and {slots} of {model.experts} experts ({share:.0%}) in host memory",)
+    choice = Choice(settings, placement, None, 0, None, terms, steps, model.remarks, slots, curve(share))
+    return _finished(model, machine, request, curve, choice)
+
+
 def make_plan(model: Model, machine: Machine, request: Request, curve: Curve | None = None) -> Plan:
     """The quicker of an expert cache and a fixed placement; the latter where flags fix it.
 
     Raises PlanError with the nearest that works for what fits nowhere.
     """
     check_fits_at_all(model, machine)
+    if machine.gpu is None and machine.measured:
+        return host_plan(model, machine, request, curve)
     if request.is_manual or not request.fit or machine.gpu is None or not model.experts:
         return static_plan(model, machine, request, curve)
     plans = []

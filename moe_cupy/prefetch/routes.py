@@ -6,13 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from math import sqrt
 
-from moe_cupy.cache.echo import ALL, NEIGHBOURS, TOKENS, Similar
+from moe_cupy.cache.echo import ALL, TOKENS, Similar
 from moe_cupy.prefetch.predictors import NoPrefetch, Routes
 
 Token = dict[int, tuple[int, ...]]  # layer -> experts
 COLLECTION = 64  # activation matrices kept
 MASS = 0.7  # SPICE halts below this share of the k experts' probability; here, what is fetched reaches it
-SURE = 0.75  # share of the neighbours that must agree: a wrong copy in the way costs more than a right one gains
+NEIGHBOURS = 8  # more than the policy asks: a wrong copy in the way costs more than a right one gains …
+SURE = 0.75  # … so this share of them must agree
 
 
 class FromRoutes(NoPrefetch):

@@ -223,7 +223,7 @@ def test_the_stand_in_has_the_names_of_cupy_and_cupy_has_those_of_the_stand_in()
     assert (cupy.cuda.runtime.memcpyDefault, cupy.cuda.runtime.hostAllocPortable) == (4, 1)
     for name in ("ndarray", "get_default_memory_pool", "RawModule"):
         assert hasattr(cupy, name), name
-    for kind, names in ((cupy.cuda.Stream, "record wait_event synchronize __enter__"),
+    for kind, names in ((cupy.cuda.Stream, "record wait_event synchronize __enter__ begin_capture end_capture"),
                         (cupy.cuda.Event, "record done synchronize")):  # fmt: skip
         assert all(hasattr(kind, name) for name in names.split()), kind
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)

@@ -158,8 +158,8 @@ def test_the_watch_above_catches_missing_waits(model, tokens, monkeypatch, bug):
         if bug == "loads do not wait for kernels":
             monkeypatch.setattr(queue, "submit", lambda work, urgency, after, name: submit(work, urgency))
         else:
-            slow = lambda work: lambda: (time.sleep(0.005), work())  # noqa: E731  a load that takes longer than a launch
-            monkeypatch.setattr(queue, "submit", lambda work, *order: submit(slow(work), *order))
+            slow = [lambda: time.sleep(0.005)]  # a load that takes longer than a launch
+            monkeypatch.setattr(queue, "submit", lambda work, *order: submit(slow + work, *order))
             monkeypatch.setattr(engine.forward.stream, "wait", lambda event, reason: None)
         engine.logits(tokens)
     assert watch.wrong

@@ -213,6 +213,17 @@ def test_a_flipped_byte_is_found_when_its_expert_is_read_and_by_verify(model, st
         engine.logits(np.arange(60))
 
 
+def test_an_expert_is_checked_once_and_not_each_time_it_is_read(model, store, monkeypatch):
+    repacked, checksums = opened(store, model)
+    reader = ExpertStore(repacked.full, True, checksums[0])
+    slot, real, count = HostDevice(1).alloc(reader.slot_bytes(0)), zlib.crc32, [0]
+    monkeypatch.setattr(zlib, "crc32", lambda raw: count.__setitem__(0, count[0] + 1) or real(raw))
+    for _ in range(3):
+        reader.read(0, slot)
+    assert count == [1]
+    reader.close()
+
+
 def test_verify_passes_what_was_written_smaller_copies_too(model, tmp_path, capsys):
     path = write(model, tmp_path / "s", "Q4_0")
     assert main(["repack", str(model), "-o", str(path), "--verify"]) == 0

@@ -350,6 +350,16 @@ def test_echo_learns_what_a_kind_of_token_does_next():
     assert right == 40, f"{right} of 40 victims are of the kind that does not come"
 
 
+@pytest.mark.parametrize(("period", "slots"), [(6, 48), (12, 24), (24, 48)])
+def test_echo_keeps_a_part_of_a_loop_that_outgrows_the_cache(period, slots):
+    """Uniform routes that repeat: whoever looks one turn ahead loses to LFU, which keeps a fixed part."""
+    rng = np.random.default_rng(period)
+    once = np.array([[rng.permutation(32)[:4] for _ in range(4)] for _ in range(period)])
+    trace = RouteTrace(np.tile(once, (144 // period, 1, 1)), 32, np.array([0]))
+    rates = {policy: counts(trace, policy, slots).hit_rate for policy in POLICIES}
+    assert rates["echo"] == max(rates.values()), rates
+
+
 @needs_routes
 def test_echo_is_the_best_causal_policy_on_short_real_traces():
     """The long ones are in docs/findings.md; 0.3 points count as a tie."""

@@ -6,7 +6,8 @@ run, small arrays from the host, and the numbers 0, 1, 2 … as positions and ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,15 @@ class Workspace(Protocol):
 
     def numbers(self, first: int, count: int) -> Any:
         """int32 [count] in device memory: first, first + 1, …"""
+
+    def positions(self, first: int, count: int) -> Any:
+        """int32 [count] in device memory: the positions first, first + 1, … of the tokens of this pass."""
+
+    def horizon(self, seen: int, capacity: int) -> int:
+        """For how many positions attention is launched, which sees ``seen`` of ``capacity``."""
+
+    def constant(self, name: str, values: np.ndarray) -> Any:
+        """``values``, always the same under this name and shape, in device memory."""
 
     def addresses(self, arrays: Sequence[Any]) -> np.ndarray:
         """uint64 [n]: where arrays begin in device memory."""
@@ -115,7 +125,7 @@ def rope(work: Workspace, x: Any, cos: Any, sin: Any, style: str, first: int = 0
 
 
 def kv_store(work: Workspace, cache: Any, new: Any, position: int) -> Launches:
-    yield to.kv_store(cache, new, work.numbers(position, len(new)))
+    yield to.kv_store(cache, new, work.positions(position, len(new)))
 
 
 def attention(
@@ -128,12 +138,12 @@ def attention(
         yield from copied(work, cooled, q)
         yield to.multiply(cooled, temperature)
         q = cooled
-    rows, positions = CacheRows(k, v, k.shape[1]), work.numbers(n_past, t)
+    rows, positions = CacheRows(k, v, k.shape[1]), work.positions(n_past, t)
     sight = Sight(scale, 0 if chunked else window, window if chunked else 0, sinks=sinks)
     if t >= PREFILL_QUERIES:
         yield to.attention_prefill(out, q, rows, positions, sight)
         return
-    partial = work.scratch("partial", t, heads, splits(n_past + t), v_width + 2)
+    partial = work.scratch("partial", t, heads, splits(work.horizon(n_past + t, len(k))), v_width + 2)
     yield to.attention_decode(partial, q, rows, positions, sight)
     yield to.attention_combine(out, partial, sinks)
 
@@ -200,6 +210,36 @@ def experts(
         yield to.expert_down(rows[some], inner_rows, slots, down[0], bias=bias, scale=factor, add=not first)
 
 
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Experts of one size class under a cache on the device: see resolve.cu and fill.cu."""
+
+    lru: to.Residency
+    slot_at: Any  # uint64 [slots]: where slots begin
+    source_of: Any  # uint64 [keys]: where experts lie in host memory
+    tables: Mapping[str, Any]  # uint64 [slots] of "gate", "up", "down": where the matrices begin
+    like: Mapping[str, Matrix]  # their types and shapes
+    slab_bytes: int
+
+
+def resident_experts(
+    work: Workspace, x: Any, ids: Any, resident: Resident, first_key: int, *, parts: Any, activation: str = "silu",
+    weights: Any = None, scales: Any = None, biases: Any = None,
+) -> Launches:  # fmt: skip
+    """The experts ids [1, k] of one token into parts [1, k, D], brought into slots where they are not there."""
+    (_, used, width), scales, biases = parts.shape, scales or {}, biases or {}
+    slots, loads = work.scratch("slots", used, dtype=np.int32), work.scratch("loads", 2, used, dtype=np.int32)
+    yield to.resolve(slots, (loads[0], loads[1]), ids, resident.lru, first_key)
+    yield to.fill(resident.slot_at, resident.source_of, (loads[0], loads[1]), resident.lru.state, resident.slab_bytes)
+    like, extra = resident.like, {n: (scales.get(n), biases.get(n)) for n in ("gate", "up", "down")}
+    h, tables = work.scratch("inner", 1, used, like["gate"].rows), resident.tables
+    inner = gate_up if like["gate"].type == like["up"].type else gate_then_up
+    where = (tables["gate"], tables["up"]), slots.reshape(1, used), ids
+    yield from inner(work, h, x, where, (like["gate"], like["up"]), activation, (extra, weights))
+    down, (factor, bias) = Slots((tables["down"],), slots.reshape(used, 1), ids.reshape(used, 1)), extra["down"]
+    yield to.expert_down(parts.reshape(used, width), h.reshape(used, -1), down, like["down"], bias=bias, scale=factor)
+
+
 def tables_of(
     work: Workspace, three: Sequence[Sequence[Matrix]], ids: np.ndarray, wanted: np.ndarray
 ) -> tuple[Any, Any]:
@@ -248,5 +288,5 @@ def gate_then_up(
 
 def combine(work: Workspace, parts: Any, weights: Any, out: Any, add: bool = True) -> Launches:
     if weights is None:
-        weights = work.put("ones", np.ones(parts.shape[:2], np.float32))
+        weights = work.constant("ones", np.ones(parts.shape[:2], np.float32))
     yield to.combine(out, parts, weights, add)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from moe_cupy.device import open_device
+from moe_cupy.device.discrete import as_bytes
 from moe_cupy.kernels.cuda.emulation.library import arrays_of
 from moe_cupy.kernels.cuda.launches import Launch, Pointers
 
@@ -46,6 +47,7 @@ class Workbench:
         opened, _ = open_device(choice)
         self.device: Any = opened
         self.stream = self.device.stream("gpu-check")
+        self._pinned = self.device.pinned(1 << 20)
 
     def close(self) -> None:
         """End the device."""
@@ -88,10 +90,24 @@ class Workbench:
         sent: dict[int, Any] = {}
         self.device.run(self.on_device(launch, sent), self.stream)
         arrays = {id(array): array for array in arrays_of(launch) if array.size}
-        back = {key: self.device.fetch(f"array {i}", sent[key], self.stream) for i, key in enumerate(arrays)}
+        places = zip(arrays, self._places(arrays.values()), strict=True)
+        back = {key: self._fetched(sent[key], at) for key, at in places}
         self.finish()
         for key, array in arrays.items():
-            array[...] = back[key]
+            array[...] = back[key].view(array.dtype).reshape(array.shape)
+
+    def _places(self, arrays: Collection[np.ndarray]) -> list[int]:
+        """Where in pinned memory each array is fetched to; makes room for all of them."""
+        ends = list(itertools.accumulate(-(-array.nbytes // 16) * 16 for array in arrays))
+        if ends and ends[-1] > self._pinned.nbytes:
+            self._pinned = self.device.pinned(2 * ends[-1])
+        return [0, *ends[:-1]]
+
+    def _fetched(self, there: Any, at: int) -> np.ndarray:
+        """Pinned memory, uint8 [nbytes], that holds a device array once the stream is finished."""
+        here = self._pinned[at : at + there.nbytes]
+        self.device.copy_async(here, as_bytes(there), self.stream)
+        return here
 
     def finish(self) -> None:
         """Wait for the stream; raises what went wrong in it."""
