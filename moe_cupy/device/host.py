@@ -19,7 +19,7 @@ from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.table import OPS
 
-SPLIT_WORK = 1 << 17  # multiply-adds below which a second thread costs more than it brings (about 30 us)
+SPLIT_WORK = 1 << 20  # multiply-adds below which a second thread costs more than it brings (about 100 us)
 HUGE_PAGE = 2 << 20  # bytes; of memory read from end to end, fewer addresses need to be looked up
 CALL_WORK = 1 << 28  # multiply-adds in one call at most (about 0.1 s), so that an interrupt is heard in between
 

@@ -14,12 +14,11 @@ import pytest
 from moe_cupy.device.crew import Crew
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.engine import Engine
-from moe_cupy.kernels.case import U
-from moe_cupy.kernels.cases import SCALES_AT, random_matrix
 from moe_cupy.kernels.host import jobs, ops, products, rounding
 from moe_cupy.kernels.host.simd import compiler, isa
 from moe_cupy.kernels.host.simd.rows import BLOCKS, FLOATS, FORMATS, SUPER_BLOCKS, row_kernel
 from moe_cupy.kernels.matrix import Matrix
+from moe_cupy.kernels.samples import SCALES_AT, U, random_matrix
 from moe_cupy.tools.check import compare_rounded
 from moe_ref.quants import BY_NAME, dequantize
 from moe_ref.quants.activations import DOT_TYPES, quantize_q8_0, quantize_q8_k, round_for, round_half, round_to
