@@ -221,18 +221,6 @@ def _pair(text: str) -> list[int]:
     return pair
 
 
-def _add_bench(bench: argparse.ArgumentParser) -> None:
-    add_engine(bench, threads=_counts)
-    bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
-    bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
-    bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
-    bench.add_argument("-d", "--n-depth", type=_counts, default=[0], help="tokens in the context before, e.g. 0,4096")
-    bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
-    bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
-    bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
-    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
-
-
 def _add_repack(repacked: argparse.ArgumentParser) -> None:
     add_model(repacked)
     repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
