@@ -55,7 +55,7 @@ class EmulatedDevice(DiscreteDevice, HostDevice):
         self.kernels = library()
         self._graph: list[Launch] | None = None  # that is being captured
         DiscreteDevice.__init__(self)
-        HostDevice.__init__(self, 1)
+        HostDevice.__init__(self, 1, inline=False)
         self._arena = self.pinned(ARENA)
 
     def alloc(self, nbytes: int) -> np.ndarray:
