@@ -19,11 +19,11 @@ def open_device(choice: str, threads: int | None = None, act: str = "f32") -> tu
     if choice == "cuda":
         if reason := missing_for_cuda():
             raise DeviceError(f"--device cuda: {reason}; or use --device host")
-        return _cuda(), "cuda device, as asked"
+        return _cuda(), "cuda device, as asked" + _not_rounded(act)
     if choice == "emulated":
         from moe_cupy.device.emulated import EmulatedDevice
 
-        return EmulatedDevice(), "emulated device: the CUDA kernels on the CPU, for tests"
+        return EmulatedDevice(), "emulated device: the CUDA kernels on the CPU, for tests" + _not_rounded(act)
     raise DeviceError(f"--device {choice}: unknown; use one of {', '.join(CHOICES)}")
 
 
@@ -41,7 +41,11 @@ def missing_for_cuda() -> str:
 def _auto(threads: int | None, act: str, reason: str) -> tuple[Device, str]:
     if reason:
         return (device := _host(threads, act)), f"auto chose the host device ({device.how}): {reason}"
-    return _cuda(), "auto chose the cuda device: a GPU is here"
+    return _cuda(), "auto chose the cuda device: a GPU is here" + _not_rounded(act)
+
+
+def _not_rounded(act: str) -> str:
+    return "" if act == "f32" else f"; it takes activations as they are: --act {act} has no effect"
 
 
 def _cuda() -> Device:
