@@ -203,7 +203,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     passed = True
     for choice in ("host", *(["cuda"] if machine.has_gpu() else [])):
         device, _ = open_device(choice)
-        outcomes = list(check.check_ops(device))
+        outcomes = list(check.check_ops(device, device.formats))
         device.close()
         print(f"\nkernels of the {choice} device\n{check.table(outcomes)}")
         passed = passed and all(outcome.passed for outcome in outcomes)
