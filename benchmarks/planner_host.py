@@ -18,8 +18,6 @@ from moe_cupy.plan.shapes import from_file
 from moe_ref.command import token_list
 from moe_ref.split import open_model
 
-SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
-
 
 def measured(path: str, tokens: list[int], share: float, warm: int) -> tuple[float, float]:
     """Tokens a second and hit rate of the engine's defaults, after ``warm`` tokens."""
@@ -37,15 +35,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--routes", required=True)
     parser.add_argument("--profile", required=True)
-    parser.add_argument("--tokens", type=int, default=160)
-    parser.add_argument("--warm", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=72)
+    parser.add_argument("--warm", type=int, default=24)
+    parser.add_argument("--shares", default="1,0.5,0.25,0.125,0.0625", help="cache sizes, in this order")
     args = parser.parse_args()
     with open_model(args.model) as file:
         model = from_file(file)
     machine = machine_called(args.profile)
     tokens = token_list("@" + str(Path(args.model).with_suffix(".tokens")))[: args.tokens]
     print("| cache | hit rate predicted | measured | tok/s predicted | measured | error |\n|--:|--:|--:|--:|--:|--:|")
-    for share in SHARES:
+    for share in map(float, args.shares.split(",")):
         hits = predicted_hits(args.routes, share, args.tokens, args.warm)
         predicted = 1 / total(host_decode(model, machine, hits))
         tok_s, hit_rate = measured(args.model, tokens, share, args.warm)

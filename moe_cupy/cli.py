@@ -33,8 +33,8 @@ from moe_ref.command import (
 )
 
 
-def add_engine(parser: argparse.ArgumentParser, threads: Any = int) -> None:
-    """How to run, in llama.cpp's spellings; ``threads`` reads the value of -t."""
+def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) -> None:
+    """How to run, in llama.cpp's spellings; ``act`` is the default of --act, ``threads`` reads the value of -t."""
     add = parser.add_argument
     add_model(parser)
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
@@ -47,6 +47,8 @@ def add_engine(parser: argparse.ArgumentParser, threads: Any = int) -> None:
     add("-ub", "--ubatch-size", type=int, default=512, help="prompt tokens at a time (default 512)")
     add("-ctk", "--cache-type-k", default="f32", help="type of cached keys: f32 (default), f16")
     add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16")
+    add("--act", choices=("f32", "q8"), default=act, help="activations where they meet quantized weights: exact, or "
+        f"rounded to 8 bits as llama.cpp does, several times faster (default {act})")  # fmt: skip
     add("-t", "--threads", type=threads, default=None, help="threads for compute (default: all cores)")
     add("--store", metavar="STORE", help="read experts from this file, made by repack (default: from the model)")
     add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
@@ -219,8 +221,15 @@ def _pair(text: str) -> list[int]:
     return pair
 
 
+def _add_repack(repacked: argparse.ArgumentParser) -> None:
+    add_model(repacked)
+    repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
+    repacked.add_argument("--low", metavar="TYPE", help="also write a smaller copy of each expert, such as Q2_K")
+    repacked.add_argument("--verify", action="store_true", help="write nothing: compare all of STORE's checksums")
+
+
 def _add_bench(bench: argparse.ArgumentParser) -> None:
-    add_engine(bench, threads=_counts)
+    add_engine(bench, "q8", threads=_counts)
     bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
     bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
     bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
@@ -229,13 +238,6 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
     bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
     bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
-
-
-def _add_repack(repacked: argparse.ArgumentParser) -> None:
-    add_model(repacked)
-    repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
-    repacked.add_argument("--low", metavar="TYPE", help="also write a smaller copy of each expert, such as Q2_K")
-    repacked.add_argument("--verify", action="store_true", help="write nothing: compare all of STORE's checksums")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -247,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__.splitlines()[0].replace("%", "%%"), description=run.__doc__)
         sub.set_defaults(run=run)
         if engine:
-            add_engine(sub)
+            add_engine(sub, "q8" if name == "run" else "f32")  # the others are compared with moe_ref
         return sub
 
     run = command("run", cmd_run)
@@ -268,10 +270,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_gpu_check(command)
-    add_routes(commands)
-    add_replay(commands)
-    add_synth(commands)
-    add_plan(commands)
+    for add in (add_routes, add_replay, add_synth, add_plan):
+        add(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return parser

@@ -5,6 +5,9 @@ A function that is handed 26 arrays is handed 182 numbers; one that is handed a 
 
 from __future__ import annotations
 
+import zlib
+from pathlib import Path
+
 import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
@@ -17,7 +20,7 @@ SPANS = len(WINDOWS)
 ASKED, KEYS, MISSING, FREE, PINNED, FIRST = range(6)  # of the inbox: what is asked, four counts, then keys
 ENDLESS = 1 << 60
 
-# Names as in moe_cupy/cache/echo.py. Its constants are handed over too: compiled code on disk does not see them change.
+# Names as in moe_cupy/cache/echo.py. Its constants are handed over too: code on disk does not see them change.
 NUMBERS = [(name, "i8") for name in ("layers", "experts", "token", "layer", "now", "found", "sliced", "neighbours")]
 TABLES = [
     ("prior_weight", "f8"),
@@ -40,7 +43,10 @@ BY_KEY = {
 # uint64 [keys, WORDS]: tokens that used a key; uint64 [tokens, keys / 64]: keys that a token used; int64: a request;
 # int64: how many victims, who
 OTHERS = ("used", "users", "inbox", "outbox")
-RECORD = np.dtype([*NUMBERS, *TABLES, *((name, "i8") for name in (*BY_LAYER, *BY_KEY, *OTHERS))])
+# Numba keeps compiled code until the file of the outermost function or a type changes; so the type tells all sources.
+SOURCES = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+ADDRESSES = [(name, "i8") for name in (*BY_LAYER, *BY_KEY, *OTHERS)]
+RECORD = np.dtype([(f"of_{SOURCES:x}", "i8"), *NUMBERS, *TABLES, *ADDRESSES])
 
 
 def empty_state(layers: int, experts: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moe_cupy.device.base import Device, DeviceError
 
 CHOICES = ("auto", "cuda", "host", "emulated")
 EXTRA = "moe-offload[cuda%d]"
 
 
-def open_device(choice: str, threads: int | None = None) -> tuple[Device, str]:
+def open_device(choice: str, threads: int | None = None, act: str = "f32") -> tuple[Device, str]:
     """The device asked for and a sentence that says why it. Raises DeviceError if it cannot be had."""
     if choice == "host":
-        return _host(threads), "host device, as asked"
+        return (device := _host(threads, act)), f"host device, as asked: {device.how}"
     if choice == "auto":
-        return _auto(threads, missing_for_cuda())
+        return _auto(threads, act, missing_for_cuda())
     if choice == "cuda":
         if reason := missing_for_cuda():
             raise DeviceError(f"--device cuda: {reason}; or use --device host")
@@ -36,9 +38,9 @@ def missing_for_cuda() -> str:
     return missing(cupy)
 
 
-def _auto(threads: int | None, reason: str) -> tuple[Device, str]:
+def _auto(threads: int | None, act: str, reason: str) -> tuple[Device, str]:
     if reason:
-        return _host(threads), f"auto chose the host device: {reason}"
+        return (device := _host(threads, act)), f"auto chose the host device ({device.how}): {reason}"
     return _cuda(), "auto chose the cuda device: a GPU is here"
 
 
@@ -50,7 +52,7 @@ def _cuda() -> Device:
     return CudaDevice(cupy)
 
 
-def _host(threads: int | None) -> Device:
+def _host(threads: int | None, act: str) -> Any:
     from moe_cupy.device.host import HostDevice
 
-    return HostDevice(threads)
+    return HostDevice(threads, act)

@@ -7,16 +7,20 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from moe_cupy.device.crew import Crew
 from moe_cupy.device.memory import free_and_total
-from moe_cupy.device.threads import ThreadQueue, ThreadStream
+from moe_cupy.device.threads import InlineStream, ThreadQueue, ThreadStream
 from moe_cupy.kernels.host.matmul import SUPPORTED
+from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.table import OPS
 
-SPLIT_WORK = 1 << 17  # multiply-adds below which a second thread costs more than it brings (about 30 us)
+SPLIT_WORK = 1 << 20  # multiply-adds below which a second thread costs more than it brings (about 100 us)
+HUGE_PAGE = 2 << 20  # bytes; of memory read from end to end, fewer addresses need to be looked up
 CALL_WORK = 1 << 28  # multiply-adds in one call at most (about 0.1 s), so that an interrupt is heard in between
 
 
@@ -28,13 +32,22 @@ def usable_cores() -> int:
 class RowSplitter:
     """Splits a kernel's range of rows over threads. Kernels release the interpreter lock."""
 
-    def __init__(self, threads: int):
-        self.threads = threads
-        self.cancelled = False  # while set, what is left of a range is skipped: its result will not be used
+    def __init__(self, threads: int, act: str = "f32"):
+        self.threads, self.crew = threads, Crew(threads, act)
         self._pool = ThreadPoolExecutor(threads - 1, "kernel") if threads > 1 else None
+
+    @property
+    def cancelled(self) -> bool:
+        """While set, what is left of a range is skipped: its result will not be used."""
+        return self.crew.cancelled
+
+    @cancelled.setter
+    def cancelled(self, value: bool) -> None:
+        self.crew.cancelled = value
 
     def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None:
         """kernel(*args, first, last) over 0..rows, in one piece if the work is small."""
+
         def piece(first: int, last: int) -> None:
             while first < last and not self.cancelled:
                 until = min(last, first + step)
@@ -54,33 +67,48 @@ class RowSplitter:
 
     def close(self) -> None:
         """End the threads."""
+        self.crew.close()
         if self._pool is not None:
             self._pool.shutdown()
 
 
 class HostDevice:
-    """Runs everything on this machine's cores. ``threads`` is llama.cpp's ``-t``."""
+    """Runs everything on this machine's cores. ``threads`` is llama.cpp's ``-t``.
+
+    ``act`` "q8" rounds activations to 8 bits where they meet quantized weights, as llama.cpp does; "f32" does not.
+    Not ``inline``: the stream "compute" is a thread too, as on a GPU.
+    """
 
     name = "host"
     formats = SUPPORTED
     is_unified = True
 
-    def __init__(self, threads: int | None = None):
-        self.threads = threads or usable_cores()
-        self.split = RowSplitter(self.threads)
-        self._streams: dict[str, ThreadStream] = {}
+    def __init__(self, threads: int | None = None, act: str = "f32", inline: bool = True):
+        self.threads, self.act, self.inline = threads or usable_cores(), act, inline
+        self.split = RowSplitter(self.threads, act)
+        self._streams: dict[str, ThreadStream | InlineStream] = {}
         self._queues: list[ThreadQueue] = []
+
+    @property
+    def how(self) -> str:
+        """How it computes, for the report."""
+        rounded = f"rounded to 8 bits ({chosen().name} instructions)" if self.act == "q8" else "exact (float32)"
+        return f"{self.threads} thread{'s' * (self.threads > 1)}, activations {rounded}"
 
     def alloc(self, nbytes: int) -> np.ndarray:
         """Uninitialised uint8 [nbytes], page-aligned; pages count against memory when first touched."""
         pages = mmap.mmap(-1, max(1, nbytes))
+        if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE_PAGE:
+            with suppress(OSError):  # a kernel without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(pages, np.uint8)[:nbytes]
 
     pinned = alloc
 
-    def stream(self, name: str) -> ThreadStream:
+    def stream(self, name: str) -> ThreadStream | InlineStream:
+        """A thread of its own, but "compute" runs on the caller's: its work is what the caller waits for anyway."""
         if name not in self._streams:
-            self._streams[name] = ThreadStream(name)
+            self._streams[name] = InlineStream(name) if name == "compute" and self.inline else ThreadStream(name)
         return self._streams[name]
 
     def workers(self, name: str, count: int) -> ThreadQueue:

@@ -56,6 +56,38 @@ class ThreadEvent:
             raise self.error
 
 
+DONE = ThreadEvent()  # of work that has ended
+DONE.finish()
+
+
+class InlineStream:
+    """Runs work at once on the thread that asks for it: no queue, nothing to wait for but events of others."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.stalls: defaultdict[str, float] = defaultdict(float)  # seconds waited for events, by reason
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self) -> ThreadEvent:
+        return DONE
+
+    def wait(self, event: Any, reason: str) -> None:
+        """Block until ``event``; raises what its work raised."""
+        if not event.done():
+            start = time.perf_counter()
+            event.block()
+            self.stalls[reason] += time.perf_counter() - start
+        event.synchronize()
+
+    def clear(self) -> None:
+        """There is no failure to forget: it was raised."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
 class ThreadStream:
     """One worker thread that runs its queue in order. After a failure it skips work until ``clear``."""
 

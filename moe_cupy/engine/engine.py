@@ -56,6 +56,7 @@ class Options:
     store: str | None = None  # a file that `repack` made of the model, to read experts from
     direct_io: bool = True
     reads_in_flight: int = 4
+    act: str = "f32"  # of activations that meet a quantized matrix; "q8" rounds them to 8 bits, several times faster
     decode: str = "host"  # who decides what is loaded: host (policies, disk) or device (LRU, a token is one graph)
     progress: bool = False  # show on stderr how far loading is
 
@@ -63,6 +64,7 @@ class Options:
         for value, table, flag in (
             (self.policy, POLICIES, "--policy"),
             (self.prefetch, PREFETCHERS, "--prefetch"),
+            (self.act, ("f32", "q8"), "--act"),
             (self.decode, ("host", "device"), "--decode"),
         ):
             if value not in table:
@@ -95,7 +97,7 @@ class Engine:
         self.file = open_model(model)
         self.config = load_config(self.file.metadata, vocab_rows(self.file))
         self.views = check_tensors(self.config, self.file)
-        self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads)
+        self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads, o.act)
         self._tokenizer: Tokenizer | None = None
         self._in_use, self._sequences = threading.Lock(), 0  # _sequences: begun so far
         self._resources: list[Any] = [self.device, self.file]

@@ -195,9 +195,10 @@ class Forward:
         for following in (*waves[1:], None):
             if following is None and expected:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})
+            kept = self._keep(layer, held)
+            ahead = self.mover.acquire(layer, following, kept) if following is not None and kept else None
             self._compute(held, buffers)
-            if following is not None:
-                held = self.mover.acquire(layer, following, self._keep(layer, held))
+            held = self.mover.acquire(layer, following) if following is not None and ahead is None else ahead or []
         return others
 
     def _scores(self, layer: int, routes: Routes) -> Scores | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_ref.quants import BY_NAME
@@ -16,6 +16,7 @@ class Matrix:
     rows: int
     cols: int
     data: Any
+    prepared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what a device keeps about it
 
     @property
     def nbytes(self) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 
-from moe_cupy.plan.planner import Plan
+from moe_cupy.plan.planner import Plan, static_plan
 from moe_cupy.plan.rules import CPU, EXPERTS, Override
 
 ENGINES = ("llama.cpp", "ik_llama.cpp", "ktransformers")
@@ -66,16 +67,30 @@ def placement_words(plan: Plan, engine: str) -> list[str]:
         return ["--cpu-moe"] if engine == "llama.cpp" else ["-ot", f"{EXPERTS}={CPU}"]
     if engine == "llama.cpp":
         return ["--n-cpu-moe", str(sparse)]
-    return ["-ot", rf"blk\.({'|'.join(map(str, range(sparse)))}){EXPERTS}={CPU}"]
+    return ["-ot", rf"blk\.({numbers_below(sparse)}){EXPERTS}={CPU}"]
+
+
+def numbers_below(n: int) -> str:
+    """A regular expression for 0 to n - 1, n at most 100: [0-9]|[1-3][0-9]|4[0-1]; beyond that each number itself."""
+    tens, rest = divmod(n, 10)
+    if n > 100:
+        return "|".join(map(str, range(n)))
+    parts = [f"[0-{min(n, 10) - 1}]"]
+    parts += [f"[1-{tens - 1}][0-9]"] * (tens > 1)
+    parts += [f"{tens}[0-{rest - 1}]"] * (tens > 0 and rest > 0)
+    return "|".join(parts)
 
 
 def static_experts(plan: Plan) -> int:
-    """N of --n-cpu-moe; for a plan with a cache, the N that fills the same memory with whole layers."""
+    """N of --n-cpu-moe; for a plan with a cache, what --fit finds for the same context."""
     if not plan.cache_slots:
         return plan.n_cpu_moe or 0
-    layers = len(plan.model.moe_layers)
-    full = plan.cache_slots // plan.model.expert_count
-    return plan.model.layers - min(full, layers)
+    return without_cache(plan).n_cpu_moe or 0
+
+
+def without_cache(plan: Plan) -> Plan:
+    """The same request where tensors stay in place: what the emitted commands do."""
+    return static_plan(plan.model, plan.machine, replace(plan.request, ctx=plan.settings.ctx), plan.curve)
 
 
 def _override_words(rules: Sequence[Override], engine: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_cupy.plan.advice import Advice
 from moe_cupy.plan.cost import Term, offload_threshold, size_text, total
-from moe_cupy.plan.emit import ENGINES, command
+from moe_cupy.plan.emit import ENGINES, command, without_cache
 from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.planner import Plan
 from moe_cupy.plan.rules import CPU
@@ -99,6 +99,8 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
         lines += threshold_lines(plan)
     lines += ["", "what would help most:" if advice else "nothing that was tried helps by 2 %"]
     lines += [f"  {a.gain:5.2f}x  {a.decode_tok_s:6.1f} tok/s  {a.change}" for a in advice]
+    if plan.cache_slots and plan.machine.gpu:
+        lines += ["", f"without a cache, as the commands below: {without_cache(plan).decode_tok_s:.1f} tok/s predicted"]
     lines += [f"\n{engine}:\n  {command(plan, engine, windows)}" for engine in engines]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)

@@ -86,6 +86,12 @@ def test_dot_products_are_dp4a(compiler):
     ]  # fmt: skip
 
 
+def test_the_tensor_cores_are_asked_on_every_architecture(compiler):
+    text = sources.program(sources.Unit("gemm_mma", "Q8_0"))
+    for architecture in ARCHITECTURES:
+        assert "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32" in compiler.ptx(text, "gemm_mma.cu", architecture)
+
+
 def test_the_gate_can_fail(compiler):
     text = 'extern "C" __global__ void many(float* x) { float a[300]; for (int i = 0; i < 300; i++) a[i] = x[i];\n'
     text += "for (int j = 0; j < 9; j++) for (int i = 0; i < 300; i++) x[i] += a[(i * j) % 300]; }"

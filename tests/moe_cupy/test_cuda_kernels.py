@@ -286,6 +286,23 @@ def test_a_sketch_runs_and_is_watched(library):
     assert "data race" in wrong.races(1, 64, y, shared_bytes=256)
 
 
+MULTIPLY = """KERNEL(multiply)(int* c, const int8_t* a, const int8_t* b) {
+    int r = lane_id() / 4, t = lane_id() % 4, sums[2] = {c[8 * r + 2 * t], c[8 * r + 2 * t + 1]};
+    mma_8x8x16(sums, (int)load32((const uint8_t*)a + 16 * r + 4 * t), (int)load32((const uint8_t*)b + 16 * r + 4 * t));
+    c[8 * r + 2 * t] = sums[0], c[8 * r + 2 * t + 1] = sums[1];
+}"""
+
+
+def test_the_tensor_cores_product_is_a_matrix_product_in_the_layout_of_the_instruction_set(library):
+    """PTX ISA, m8n8k16 of signed bytes: lane 4r + t has a[r, 4t:4t+4], b[4t:4t+4, r] and c[r, 2t:2t+2]."""
+    rng = np.random.default_rng(2)
+    a, b = (rng.integers(-128, 128, (8, 16), dtype=np.int8) for _ in range(2))  # b by columns
+    c = rng.integers(-1000, 1000, (8, 8), dtype=np.int32)
+    want = c + a.astype(np.int32) @ b.T.astype(np.int32)
+    Sketch(MULTIPLY)(1, 32, c, a, b, seed=4)
+    assert np.array_equal(c, want)
+
+
 def test_a_text_that_is_no_sketch_is_refused(library):
     with pytest.raises(BuildError, match="this text has 0"):
         Sketch("int x;")

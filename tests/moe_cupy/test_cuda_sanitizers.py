@@ -124,6 +124,8 @@ BUGS = [
     Bug("gemm_float", "i < here ?", "i <= here ?", "bounds"),
     Bug("gemm_pipelined", SYNC, NONE, "races", which=1),  # the next tile lands while others still multiply this one
     Bug("gemm_pipelined", "g + 1 < steps) next", "g < steps) next", "bounds"),
+    Bug("gemm_mma", SYNC, NONE, "races"),
+    Bug("gemm_mma", "pair = 8 * n + 2 * t;", "pair = 8 * n + t;", "numbers"),
     Bug("embed", "b[74 + part]", "b[75 + part]", "numbers", file="gridformats.cuh"),
     Bug("attention_prefill", "m < 32; m *= 2) sum", "m < 16; m *= 2) sum", "numbers"),
 ]

@@ -15,9 +15,10 @@ from moe_cupy.device import open_device
 from moe_cupy.device.base import DeviceError
 from moe_cupy.device.emulated import EmulatedDevice
 from moe_cupy.engine import Engine
+from moe_cupy.kernels.cases import linear_error
 from moe_cupy.kernels.cuda.sources import FORMATS
 from moe_cupy.kernels.host.matmul import SUPPORTED
-from moe_cupy.kernels.samples import normal, unset
+from moe_cupy.kernels.samples import normal, random_matrix, unset
 from moe_cupy.kernels.table import OPS
 from moe_cupy.tools.check import check_ops
 from moe_ref.gguf import open_gguf
@@ -88,6 +89,22 @@ def test_whole_models_agree_with_the_reference_whatever_is_resident(path):
         assert np.array_equal(got.argmax(1), want.argmax(1))
     assert np.array_equal(small, full), "evictions must not change a bit"
     assert np.array_equal(small_steps, full_steps), "nor where one token is fed at a time"
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "MXFP4", "F16", "F32"])
+def test_products_of_many_tokens_stay_within_the_tolerance_of_few(kind):
+    """Nine tokens take tiles instead of rows; cols that no tile divides, for plain numbers."""
+    device, rng = EmulatedDevice(), np.random.default_rng(1)
+    cols = 45 if kind in ("F16", "F32") else 512
+    w, x, bias, old = random_matrix(rng, kind, 70, cols), normal(rng, 9, cols), normal(rng, 70), normal(rng, 9, 70)
+    for op, start in (("linear", unset(9, 70)), ("linear_add", old)):
+        out, want = start.copy(), old.astype(np.float64)
+        device.launch(op, device.stream("compute"), x=x, w=w, out=out, bias=bias)
+        device.synchronize()
+        OPS[op].reference(x=x, w=w, out=want, bias=bias)
+        allowed = linear_error(x, w, bias=bias) + 4 * 2.0**-24 * np.abs(old)
+        assert (np.abs(out - want) <= allowed).all(), op
+    device.close()
 
 
 @pytest.fixture(scope="module")

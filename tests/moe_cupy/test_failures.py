@@ -14,6 +14,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from moe_cupy.device.host import HostDevice
 from moe_cupy.engine import Engine
 from moe_cupy.kernels.table import OPS
 from moe_cupy.store import StoreError
@@ -139,7 +140,7 @@ class SlotWatch:
 
 @pytest.mark.parametrize("slots", [2, 3, 5])
 def test_a_slot_is_never_overwritten_while_a_launched_kernel_may_read_it(model, tokens, monkeypatch, slots):
-    with Engine(model, cache=f"slots:{slots}", prefetch="next-gate") as engine:
+    with Engine(model, cache=f"slots:{slots}", prefetch="next-gate", _device=HostDevice(2, inline=False)) as engine:
         want = engine.logits(tokens)
         watch = SlotWatch(engine, monkeypatch)
         got = engine.logits(tokens)
@@ -150,13 +151,15 @@ def test_a_slot_is_never_overwritten_while_a_launched_kernel_may_read_it(model, 
 
 @pytest.mark.parametrize("bug", ["loads do not wait for kernels", "kernels do not wait for loads"])
 def test_the_watch_above_catches_missing_waits(model, tokens, monkeypatch, bug):
-    with Engine(model, cache="slots:2") as engine:
+    with Engine(model, cache="slots:2", _device=HostDevice(2, inline=False)) as engine:
         engine.logits(tokens)
         watch = SlotWatch(engine, monkeypatch)
+        queue, submit = engine.mover.transport.queue, engine.mover.transport.queue.submit
         if bug == "loads do not wait for kernels":
-            queue, submit = engine.mover.transport.queue, engine.mover.transport.queue.submit
             monkeypatch.setattr(queue, "submit", lambda work, urgency, after, name: submit(work, urgency))
         else:
+            slow = [lambda: time.sleep(0.005)]  # a load that takes longer than a launch
+            monkeypatch.setattr(queue, "submit", lambda work, *order: submit(slow + work, *order))
             monkeypatch.setattr(engine.forward.stream, "wait", lambda event, reason: None)
         engine.logits(tokens)
     assert watch.wrong

@@ -149,7 +149,7 @@ def test_other_ops_give_a_token_the_same_bits_alone_and_among_others(monkeypatch
     x, (gate, up, down) = q[:, 0, :32].copy(), [random_matrix(rng, "Q8_0", 32, 32) for _ in range(3)]
     mixed, parts = np.empty((7, 6, 24), np.float32), np.zeros((7, 2, 32), np.float32)
     ops.attention(split, q, k, v, 23, 0.1, mixed)
-    ids, wanted = np.tile([3, 5], (7, 1)), np.array([5])
+    ids, wanted = np.tile(np.array([3, 5], np.int32), (7, 1)), np.array([5])
     ops.experts(split, x, ids, wanted, [gate], [up], [down], parts=parts)
     for t in range(7):
         alone, part = np.empty((1, 6, 24), np.float32), np.zeros((1, 2, 32), np.float32)

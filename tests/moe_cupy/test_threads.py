@@ -337,7 +337,7 @@ def test_random_programs_end_and_respect_every_dependency(device, seed, urgencie
 
 
 def test_copies_and_ops_run_in_stream_order_in_aligned_memory(device):
-    stream, gate = device.stream("compute"), Gate()
+    stream, gate = device.stream("copies"), Gate()
     a, b, c = (device.alloc(16).view(np.float32), device.pinned(16).view(np.float32), np.zeros((1, 4), np.float32))
     assert device.alloc(0).size == 0 and all(array.ctypes.data % 4096 == 0 for array in (a, b))
     b[:] = 0

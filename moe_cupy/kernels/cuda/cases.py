@@ -165,7 +165,7 @@ def gemm_error(x: np.ndarray, w: Matrix, q8: bool) -> np.ndarray:
     return (depth + 10) * U * (np.abs(x) @ magnitude.T + 4)
 
 
-def grouped_case(rng: np.random.Generator, kind: str, block: int, q8: bool, pipelined: bool = False) -> Case:
+def grouped_case(rng: np.random.Generator, kind: str, block: int, q8: bool, variant: str = "") -> Case:
     """Pairs sorted by slot, then each slot's matrix times its own; one slot is empty and one pair has none."""
     n_tokens, used, slots, rows, cols = 41, 2, 5, 70, max(BY_NAME[kind].block_elements, 32) * 2
     matrices = [random_matrix(rng, kind, rows, cols) for _ in range(slots)]
@@ -182,7 +182,7 @@ def grouped_case(rng: np.random.Generator, kind: str, block: int, q8: bool, pipe
             want[pair], error[pair] = vector @ expand(matrices[slot]).T, gemm_error(vector, matrices[slot], q8)
     sort = launches.group_by_expert(order, first, slot_of, block)
     table = Pointers([m.data for m in matrices])
-    product = launches.gemm(out, table, matrices[0], given, order, first, per_row=used, most=82, pipelined=pipelined)
+    product = launches.gemm(out, table, matrices[0], given, order, first, per_row=used, most=82, variant=variant)
     outputs = (Output(order, np.append(by_slot, -77)), Output(first, begins), Output(out, want, error))
     return Case(f"{product.kernel}, grouped", (sort, product), outputs)
 
@@ -220,8 +220,9 @@ def matrix_cases(rng: np.random.Generator, kind: str, block: int) -> Iterator[Ca
         yield gemm_case(rng, kind, (33, 65, step), q8)
         yield gemm_case(rng, kind, (3, 7, 2 * step), q8, add=True)
         yield grouped_case(rng, kind, block, q8)
-    if kind in PER_FORMAT["gemm_pipelined"]:
-        yield grouped_case(rng, kind, block, True, pipelined=True)
+    for variant in ("pipelined", "mma"):
+        if kind in PER_FORMAT[f"gemm_{variant}"]:
+            yield grouped_case(rng, kind, block, True, variant)
     yield heads_case(rng, kind, block)
     if kind in PER_FORMAT["gemv_naive"]:
         yield naive_case(rng, kind, block)

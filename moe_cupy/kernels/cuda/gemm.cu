@@ -3,7 +3,7 @@
 // order int32 [pairs] and first int32 [slots + 1] of group_by_expert, or null: all pairs use slot 0. per_row: pairs
 // that share a vector (`used` for gate and up, 1 for down and dense). bias f32 [rows] or null.
 // A block of 128 threads makes a tile of 64 rows x 32 pairs, each thread 4 x 4: grid (ceil(rows / 64),
-// ceil(max pairs of a slot / 32), slots); shared: (8 + 4) 64 + (8 + 2) 32 words = 4352 bytes.
+// ceil(max pairs of a slot / 32), slots); shared: 8 (72 + 40) + 4 64 + 2 32 words = 4864 bytes.
 // Bytes: each tile reads its rows once for 32 pairs; integer FLOPs 2 pairs rows cols. Compute-bound from about 32
 // pairs a slot on; all wait while some load (gemm_pipelined does not): expected at a third of the dp4a peak. A
 // prompt's matrices.

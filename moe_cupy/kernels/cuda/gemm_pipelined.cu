@@ -1,5 +1,5 @@
 // gemm with two tiles in shared memory: while all multiply one, the loads of the next are under way and land in the
-// other. Parameters, grid and FLOPs are gemm's; shared: 2 x 4352 bytes. One barrier for 32 columns instead of two, and
+// other. Parameters, grid and FLOPs are gemm's; shared: 2 x 4864 bytes. One barrier for 32 columns instead of two, and
 // the latency of global memory is hidden behind 128 dp4a: expected at half of the dp4a peak against gemm's third, for
 // 10 to 20 registers more. Kept beside gemm to measure that; called by tests, gpu-check and a notebook.
 #undef REGISTERS_PER_THREAD

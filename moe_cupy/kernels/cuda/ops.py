@@ -7,17 +7,18 @@ run, small arrays from the host, and the numbers 0, 1, 2 … as positions and ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from moe_cupy.kernels.cuda import launches as to
-from moe_cupy.kernels.cuda.launches import CacheRows, Launch, Sight, Slots, ceil_div
+from moe_cupy.kernels.cuda.launches import CacheRows, Launch, Pointers, Sight, Slots, ceil_div
 from moe_cupy.kernels.matrix import Matrix
 
 Launches = Iterator[Launch]
 MAX_GRID = 65535  # blocks along y and z
+MANY_TOKENS = 8  # from here on a matrix is read once for several of them
 PREFILL_QUERIES = 8  # from here on several queries share the rows of the cache
 SPLIT_ROWS = 256  # rows of the cache that one block of decode attention takes at least
 MAX_SPLITS = 32
@@ -55,12 +56,20 @@ def embed(work: Workspace, table: Matrix, ids: Any, out: Any) -> Launches:
     yield to.embed(out, table, ids)
 
 
-def linear(work: Workspace, x: Any, w: Matrix, out: Any, scale: float = 1.0, bias: Any = None) -> Launches:
-    yield to.gemv(out, w, x, bias, scale=scale)
+def linear(
+    work: Workspace, x: Any, w: Matrix, out: Any, scale: float = 1.0, bias: Any = None, add: bool = False
+) -> Launches:
+    """A tile of rows and tokens at a time where tokens are many, else a row."""
+    if len(x) < MANY_TOKENS or scale != 1.0:
+        yield to.gemv(out, w, x, bias, scale=scale, add=add)
+        return
+    launch = to.gemm(out, Pointers([w.data]), w, x, bias=bias, add=add)
+    where = work.put("matrix", work.addresses([w.data]))
+    yield replace(launch, args=(launch.args[0], where, *launch.args[2:]))
 
 
 def linear_add(work: Workspace, x: Any, w: Matrix, out: Any, scale: float = 1.0, bias: Any = None) -> Launches:
-    yield to.gemv(out, w, x, bias, scale=scale, add=True)
+    yield from linear(work, x, w, out, scale, bias, add=True)
 
 
 def linear_heads(work: Workspace, x: Any, w: Matrix, out: Any, scale: Any = 1.0, bias: Any = None) -> Launches:

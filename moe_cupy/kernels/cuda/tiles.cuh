@@ -1,6 +1,10 @@
 // What the matrix products of a prompt share: a block of 128 threads makes a tile of 64 rows x 32 pairs, each thread
 // 4 x 4 sums. A pair is a token and one of its experts. Weights of one slot, and which pairs use it:
-enum { TILE_ROWS = 64, TILE_PAIRS = 32, TILE_WORDS = 12 * TILE_ROWS + 10 * TILE_PAIRS };
+enum { TILE_ROWS = 64, TILE_PAIRS = 32 };
+// Quants of a word lie so far apart in shared memory: 8 more than there are, so that the lanes of an mma, 8 neighbours
+// of 4 words, meet 32 banks.
+enum { ROW_STEP = TILE_ROWS + 8, PAIR_STEP = TILE_PAIRS + 8 };
+enum { TILE_WORDS = 8 * ROW_STEP + 4 * TILE_ROWS + 8 * PAIR_STEP + 2 * TILE_PAIRS };
 struct Work {
     const uint8_t* weights;
     const int* order;  // null: pairs as they come
@@ -37,21 +41,21 @@ template <class F> __device__ __forceinline__ Brought bring(const Work& work, co
 }
 // One tile of 32 columns in shared memory, TILE_WORDS words.
 struct Tile {
-    int* wq;    // [8][64]: word i of each row's group
+    int* wq;    // [8][72]: word i of each row's group
     float* wf;  // [4][64]: two scales, two offsets
-    int* xq;    // [8][32]
+    int* xq;    // [8][40]
     float* xd;  // [32]
     int* xs;    // [32]: the two half sums, 16 bits each
 };
 __device__ __forceinline__ Tile tile_at(int* words) {
-    int* xq = words + 12 * TILE_ROWS;
-    return {words, (float*)(words + 8 * TILE_ROWS), xq, (float*)(xq + 8 * TILE_PAIRS), xq + 9 * TILE_PAIRS};
+    int *wf = words + 8 * ROW_STEP, *xq = wf + 4 * TILE_ROWS, *xd = xq + 8 * PAIR_STEP;
+    return {words, (float*)wf, xq, (float*)xd, xd + TILE_PAIRS};
 }
 __device__ __forceinline__ void put(const Tile& tile, const Brought& b) {
     const int tid = threadIdx.x, p = tid - TILE_ROWS;
     if (tid < TILE_ROWS) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) tile.wq[i * TILE_ROWS + tid] = b.w.q[i];
+        for (int i = 0; i < 8; i++) tile.wq[i * ROW_STEP + tid] = b.w.q[i];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             tile.wf[i * TILE_ROWS + tid] = b.w.scale[i];
@@ -59,7 +63,7 @@ __device__ __forceinline__ void put(const Tile& tile, const Brought& b) {
         }
     } else if (p < TILE_PAIRS) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) tile.xq[i * TILE_PAIRS + p] = b.x.q[i];
+        for (int i = 0; i < 8; i++) tile.xq[i * PAIR_STEP + p] = b.x.q[i];
         tile.xd[p] = b.x.d, tile.xs[p] = (b.x.sum[0] & 0xffff) | (int)b.x.sum[1] << 16;
     }
 }
@@ -69,8 +73,8 @@ template <class F> __device__ __forceinline__ void multiply_tile(float (&sum)[4]
         int dot[4][4] = {};
 #pragma unroll
         for (int i = 4 * half; i < 4 * half + 4; i++) {
-            const int4 a = *(const int4*)(tile.wq + i * TILE_ROWS + my_row());
-            const int4 b = *(const int4*)(tile.xq + i * TILE_PAIRS + my_pair());
+            const int4 a = *(const int4*)(tile.wq + i * ROW_STEP + my_row());
+            const int4 b = *(const int4*)(tile.xq + i * PAIR_STEP + my_pair());
             const int w4[4] = {a.x, a.y, a.z, a.w}, x4[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
             for (int p = 0; p < 4; p++)

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import njit
+
+from moe_cupy.kernels.host.layer import exponential
 
 REASSOCIATE = {"reassoc", "contract", "nsz"}
 
 
 @njit(fastmath=REASSOCIATE)
-def scores_of(q, k, scale, scores):
-    """scores[s] = scale * q.k[s]; returns the largest. q [K], k [S, K] strided."""
+def scores_of(q, k, g, scale, scores):
+    """scores[s] = scale * q.k[s, g]; returns the largest. q [K], k [S, G, K]."""
     top = np.float32(-np.inf)
     for s in range(k.shape[0]):
         total = np.float32(0)
         for i in range(q.size):
-            total += q[i] * k[s, i]
+            total += q[i] * k[s, g, i]
         scores[s] = total * scale
         top = max(top, scores[s])
     return top
 
 
+@njit(fastmath={"contract"})  # exponential's own steps must not be reordered
+def to_shares(scores, top):
+    """scores [S] = exp(scores - top)."""
+    for s in range(scores.size):
+        scores[s] = exponential(scores[s] - top)
+
+
 @njit(fastmath=REASSOCIATE)
-def mix(scores, top, total, v, out):
-    """out = exp(scores - top) @ v / (total + their sum); v [S, at least V] strided, out [V]."""
+def sum_of(x):
+    total = np.float32(0)
+    for i in range(x.size):
+        total += x[i]
+    return total
+
+
+@njit(fastmath=REASSOCIATE, error_model="numpy")
+def mix(shares, total, v, g, out):
+    """out = shares @ v[:, g] / total; shares [S], v [S, G, at least V], out [V]."""
     out[:] = np.float32(0)
     for s in range(v.shape[0]):
-        p = np.float32(math.exp(scores[s] - top))
-        total += p
+        p = shares[s]
         for i in range(out.size):
-            out[i] += p * v[s, i]
+            out[i] += p * v[s, g, i]
     for i in range(out.size):
         out[i] /= total
 
@@ -62,8 +76,10 @@ def attention(q, past, factors, seen, out, first, last):
     for pair in range(first, last):
         t, h = pair // heads, pair % heads
         low, high, g = oldest(n_past + t, window, chunked) - at, n_past + t + 1 - at, h // per_group
-        top, total = scores_of(q[t, h], k[low:high, g], scale[t], scores), np.float32(0)
+        seen_scores = scores[: high - low]
+        top, total = scores_of(q[t, h], k[low:high], g, scale[t], seen_scores), np.float32(0)
         if sinks.size:
             top = max(top, sinks[h])
-            total = np.float32(math.exp(sinks[h] - top))
-        mix(scores, top, total, v[low:high, g], out[t, h])
+            total = exponential(sinks[h] - top)
+        to_shares(seen_scores, top)
+        mix(seen_scores, total + sum_of(seen_scores), v[low:high], g, out[t, h])

@@ -10,6 +10,8 @@ import math
 import numpy as np
 from numba import njit
 
+from moe_cupy.kernels.host.rounding import bits_of, float_of
+
 REASSOCIATE = {"reassoc", "contract", "nsz"}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "swiglu_oai": 2}
 ROOT_TWO_OVER_PI = np.float32(math.sqrt(2 / math.pi))
@@ -53,6 +55,45 @@ def rope(x, cos, sin, neox, first):
                 xa, xb, c, s = x[t, h, a], x[t, h, b], cos[t, i], sin[t, i]
                 x[t, h, a] = xa * c - xb * s
                 x[t, h, b] = xa * s + xb * c
+
+
+@njit(inline="always")
+def exponential(x):
+    """exp of a float32 within 2 units of its last place, in steps that vector lanes can take, kept to -87..88.
+
+    Not for callers that let sums be reordered: adding and taking off 1.5 * 2^23 is what rounds.
+
+    x = n ln 2 + r with a whole n and |r| <= ln 2 / 2, so exp(x) = 2^n exp(r): a polynomial (the coefficients are those
+    of the series, the last ones fitted), and n put into the exponent of a float.
+    """
+    x = min(max(x, np.float32(-87)), np.float32(88))
+    shifted = x * np.float32(1.44269504) + np.float32(12582912)  # the nearest whole number in its lowest bits
+    n = shifted - np.float32(12582912)
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)  # ln 2 in two pieces, the first exact
+    p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    power = float_of((bits_of(shifted) + np.int32(127)) << np.int32(23))
+    return (p * r * r + r + np.float32(1)) * power
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def activate_rows(kind, g, u):
+    """g = act(g, u) in place, rows [F]."""
+    one = np.float32(1)
+    if kind == 0:
+        for i in range(g.size):
+            g[i] = g[i] / (one + exponential(-g[i])) * u[i]
+    elif kind == 1:
+        for i in range(g.size):
+            inner = ROOT_TWO_OVER_PI * g[i] * (one + np.float32(0.044715) * g[i] * g[i])
+            g[i] = g[i] / (one + exponential(np.float32(-2) * inner)) * u[i]  # (1 + tanh(x)) / 2 = 1 / (1 + exp(-2x))
+    else:
+        for i in range(g.size):
+            a, b = min(g[i], LIMIT), max(min(u[i], LIMIT), -LIMIT)
+            g[i] = a / (one + exponential(-ALPHA * a)) * (b + one)
 
 
 @njit

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from moe_cupy.kernels.host import attention as attending
-from moe_cupy.kernels.host import delta, layer, matmul, routing
+from moe_cupy.kernels.host import delta, layer, matmul, products, routing
+from moe_cupy.kernels.host.experts import MATRICES, run_experts
 from moe_cupy.kernels.matrix import Matrix
+from moe_ref.quants.activations import round_for
 
-Split = Callable[..., None]
 Vector = np.ndarray | None  # None: there is none
 NONE = np.empty(0, np.float32)
-MATRICES = ("gate", "up", "down")
+
+
+class Split(Protocol):
+    """Splits a kernel's rows over threads; its crew does lists of products."""
+
+    crew: products.Crew
+
+    def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None: ...
 
 
 def _vector(x: Vector) -> np.ndarray:
@@ -24,9 +32,17 @@ def _vector(x: Vector) -> np.ndarray:
 # Matrices
 
 
+def _rounded(split: Split, x: np.ndarray, w: Matrix) -> np.ndarray:
+    return round_for(x, w.type) if split.crew.act == "q8" else x
+
+
 def _multiply(split: Split, x: np.ndarray, w: Matrix, y: np.ndarray, scale: float = 1.0, bias: Vector = None) -> None:
-    kind, row_bytes = matmul.layout(w)
-    split(matmul.matmul_rows, w.rows, w.cols * len(x), kind, row_bytes, w.data, x, y)
+    if products.takes(w, split.crew.act):
+        products.multiply(split.crew, x, w, y)
+    else:
+        kind, row_bytes = matmul.layout(w)
+        x = _rounded(split, x, w)
+        split(matmul.matmul_rows, w.rows, w.cols * len(x), kind, row_bytes, w.data, x, y)
     if scale != 1.0:
         y *= np.float32(scale)
     if bias is not None:
@@ -39,9 +55,7 @@ def embed(split: Split, table: Matrix, ids: np.ndarray, out: np.ndarray) -> None
     split(matmul.embed_rows, len(ids), table.cols, kind, row_bytes, table.data, ids, out)
 
 
-def linear(
-    split: Split, x: np.ndarray, w: Matrix, out: np.ndarray, scale: float = 1.0, bias: Vector = None
-) -> None:
+def linear(split: Split, x: np.ndarray, w: Matrix, out: np.ndarray, scale: float = 1.0, bias: Vector = None) -> None:
     """out = scale * x W^T + bias; x [T, cols], bias [rows], out [T, rows]."""
     _multiply(split, x, w, out, scale, bias)
 
@@ -63,7 +77,11 @@ def linear_heads(
     w holds the H matrices one below the other.
     """
     rows = w.rows // x.shape[1]
-    split(matmul.matmul_heads, w.rows, w.cols * len(x), matmul.layout(w), (rows, w.cols), w.data, x, out)
+    if products.takes(w, split.crew.act):
+        products.multiply_stack(split.crew, x, w, out)
+    else:
+        given = _rounded(split, np.ascontiguousarray(x[..., : w.cols]), w)
+        split(matmul.matmul_heads, w.rows, w.cols * len(x), matmul.layout(w), (rows, w.cols), w.data, given, out)
     if np.size(scale) > 1 or scale != 1.0:
         out[..., :rows] *= np.reshape(scale, (-1, 1)).astype(np.float32)
     if bias is not None:
@@ -259,6 +277,10 @@ def experts(
     multiply what goes in. ``scales`` and ``biases`` hold those of "gate", "up" and "down", [E] and [E, rows], if any.
     """
     scales, biases = scales or {}, biases or {}
+    if all(products.takes(several[0], split.crew.act) for several in (gate, up, down)):
+        matrices = gate, up, down
+        run_experts(split.crew, x, (ids, wanted, matrices), (activation, weights, scales, biases), parts)
+        return
     for e, *three in zip(wanted.tolist(), gate, up, down, strict=True):
         chosen = np.nonzero(ids == e)
         given = x[chosen[0]] if weights is None else x[chosen[0]] * weights[chosen][:, None]

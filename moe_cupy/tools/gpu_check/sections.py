@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
 CASE_BLOCKS = (128, 256)
 TOLERANCE = 1e-3  # times max(1, std of the logits), as for the reference against llama.cpp
-SHARES = (1.0, 0.5, 0.25, 0.125)  # of the routed experts, in the route-replay section
+WAYS = ("host", "device")  # who drives the decoding, in the route-replay section
 
 
 def machine(bench: Workbench) -> Iterator[Row]:
@@ -113,7 +114,7 @@ def models(bench: Workbench) -> Iterator[Row]:
 
 
 def replay(bench: Workbench) -> Iterator[Row]:
-    """Tokens per second of a route-replay model of 2 GB at several cache sizes."""
+    """Tokens per second of a route-replay model of 2 GB at several cache sizes, whoever drives the decoding."""
     from moe_cupy import Engine
     from moe_cupy.lab.synth import Plan, synthesise
     from moe_cupy.lab.trace import read_trace
@@ -126,9 +127,10 @@ def replay(bench: Workbench) -> Iterator[Row]:
         with path.open("wb") as out:
             written = synthesise(out, trace, plan, 0)
         yield {"name": "model", "GB": written / 1e9}
-        for share in SHARES:
-            with Engine(path, device=bench.choice, cache=f"{share:.1%}", ctx_size=sizes.tokens) as engine:
-                yield {"name": f"cache {share:.1%}"} | decoded(engine, sizes.tokens)
+        for way, share in itertools.product(WAYS, sizes.shares):
+            how: Any = {"device": bench.choice, "cache": f"{share:.1%}", "ctx_size": sizes.tokens, "decode": way}
+            with Engine(path, **how) as engine:
+                yield {"name": f"cache {share:.1%}, decoding driven by the {way}"} | decoded(engine, sizes.tokens)
 
 
 def decoded(engine: Any, count: int) -> Row:

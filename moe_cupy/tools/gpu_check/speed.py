@@ -110,7 +110,7 @@ def products(bench: Workbench) -> Iterator[dict[str, Any]]:
         ways = [launches.gemm(out, Pointers([w.data]), w, bench.send(x))]
         if kind in sources.BLOCK_FORMATS:
             given = rounded(bench, x)
-            ways += [launches.gemm(out, Pointers([w.data]), w, given, pipelined=p) for p in (False, True)]
+            ways += [launches.gemm(out, Pointers([w.data]), w, given, variant=v) for v in ("", "pipelined", "mma")]
         for launch in ways:
             seconds = bench.launch_seconds([bench.ready(launch)])
             yield {"name": launch.kernel, "us": 1e6 * seconds, "10^12 op/s": 2e-12 * tokens * n * n / seconds,

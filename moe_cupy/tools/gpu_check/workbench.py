@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from moe_cupy.device import open_device
+from moe_cupy.device.discrete import as_bytes
 from moe_cupy.kernels.cuda.emulation.library import arrays_of
 from moe_cupy.kernels.cuda.launches import Launch, Pointers
 
@@ -30,12 +31,13 @@ class Sizes:
     hidden: int = 2048  # of the route-replay model, 2 GB with the trace of data/
     ffn: int = 3072
     tokens: int = 128  # of it that are decoded
+    shares: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)  # of its routed experts that are resident
     formats: tuple[str, ...] = ()  # of the kernels checked; all if empty
     models: int = 1000  # at most
     least_seconds: float = 0.05  # what is timed is repeated until it takes so long
 
 
-SMALL = Sizes(256, 4, 64, 40, 1 << 16, 1 << 20, 256, 256, 8, ("F16", "Q8_0", "Q4_K"), 1, 0.0)
+SMALL = Sizes(256, 4, 64, 40, 1 << 16, 1 << 20, 256, 256, 4, (0.25,), ("F16", "Q8_0", "Q4_K"), 1, 0.0)
 
 
 class Workbench:
@@ -46,6 +48,7 @@ class Workbench:
         opened, _ = open_device(choice)
         self.device: Any = opened
         self.stream = self.device.stream("gpu-check")
+        self._pinned = self.device.pinned(1 << 20)
 
     def close(self) -> None:
         """End the device."""
@@ -88,10 +91,24 @@ class Workbench:
         sent: dict[int, Any] = {}
         self.device.run(self.on_device(launch, sent), self.stream)
         arrays = {id(array): array for array in arrays_of(launch) if array.size}
-        back = {key: self.device.fetch(f"array {i}", sent[key], self.stream) for i, key in enumerate(arrays)}
+        places = zip(arrays, self._places(arrays.values()), strict=True)
+        back = {key: self._fetched(sent[key], at) for key, at in places}
         self.finish()
         for key, array in arrays.items():
-            array[...] = back[key]
+            array[...] = back[key].view(array.dtype).reshape(array.shape)
+
+    def _places(self, arrays: Collection[np.ndarray]) -> list[int]:
+        """Where in pinned memory each array is fetched to; makes room for all of them."""
+        ends = list(itertools.accumulate(-(-array.nbytes // 16) * 16 for array in arrays))
+        if ends and ends[-1] > self._pinned.nbytes:
+            self._pinned = self.device.pinned(2 * ends[-1])
+        return [0, *ends[:-1]]
+
+    def _fetched(self, there: Any, at: int) -> np.ndarray:
+        """Pinned memory, uint8 [nbytes], that holds a device array once the stream is finished."""
+        here = self._pinned[at : at + there.nbytes]
+        self.device.copy_async(here, as_bytes(there), self.stream)
+        return here
 
     def finish(self) -> None:
         """Wait for the stream; raises what went wrong in it."""

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from moe_cupy.__main__ import main
-from moe_cupy.plan.emit import ENGINES, command, quote
+from moe_cupy.plan.emit import ENGINES, command, numbers_below, quote
 from moe_cupy.plan.hardware import machine_called
 from moe_cupy.plan.llama_command import read_command, split_words
 from moe_cupy.plan.planner import Request, make_plan, static_plan
 from moe_cupy.plan.rules import parse_overrides
 from moe_cupy.plan.shapes import preset
+from moe_ref.split import open_model
 
 ARCHS = Path(__file__).resolve().parents[2] / "data" / "archs"
 MISSION = machine_called("rtx5080-128g")
@@ -65,11 +66,11 @@ def test_every_file_is_planned(capsys, path):
     assert plan["fits"] and plan["decode_tok_s"] > 0
 
 
-def test_a_split_file_is_planned_as_a_whole(capsys, shared_split=Path(__file__).resolve().parents[4] / "shared"):
-    parts = sorted((shared_split / "data/golden/split").glob("*-00001-of-*.gguf"))
-    if not parts:
-        pytest.skip("the shared reference files are not here")
-    assert planned(capsys, str(parts[0]))["vram_bytes"] > 0
+def test_a_split_file_is_planned_as_a_whole(capsys, shared):
+    parts = sorted((shared / "data/golden/split").glob("*.gguf"))
+    plan = planned(capsys, str(parts[0]))
+    with open_model(parts[0]) as file:
+        assert sum(row["bytes"] for row in plan["tensors"]) == sum(t.nbytes for t in file.tensors.values())
 
 
 BAD = [
@@ -147,6 +148,12 @@ def test_a_command_read_back_places_what_it_was_made_for(name, engine):
         assert not [r for r in said.remarks if "not known" in r]
 
 
+@pytest.mark.parametrize("n", [1, 7, 10, 11, 19, 20, 42, 99, 100, 131])
+def test_a_pattern_for_the_first_layers(n):
+    pattern = re.compile(numbers_below(n))
+    assert [i for i in range(200) if pattern.fullmatch(str(i))] == list(range(n))
+
+
 def test_manual_rules_keep_their_order_in_a_command():
     rules = (*parse_overrides(r"blk\.0\.=CUDA0,exps=CPU"),)
     plan = static_plan(preset("deepseek-v2-lite"), MISSION, Request(overrides=rules))
@@ -154,7 +161,17 @@ def test_manual_rules_keep_their_order_in_a_command():
     assert words[words.index("-ot") + 1] == r"blk\.0\.=CUDA0,exps=CPU"
 
 
-AWKWARD = [r"blk\.(0|1)\.ffn_.*_exps=CPU", "a b", "it's", "$HOME^&|<>", "100%", "C:\\models\\x.gguf", 'say "x"', "", "x\\"]
+AWKWARD = [
+    r"blk\.(0|1)\.ffn_.*_exps=CPU",
+    "a b",
+    "it's",
+    "$HOME^&|<>",
+    "100%",
+    "C:\\models\\x.gguf",
+    'say "x"',
+    "",
+    "x\\",
+]
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="no POSIX shell here")
@@ -196,7 +213,7 @@ def test_a_command_is_explained(capsys):
 def test_words_of_either_system():
     assert split_words("llama-server.exe -m C:\\m\\a.gguf `\n -ngl 99") == ["llama-server.exe", "-m", "C:\\m\\a.gguf",
                                                                           "-ngl", "99"]  # fmt: skip
-    assert split_words("a \\\n 'b c' \"d\\\"e\"") == ["a", "b c", 'd"e']
+    assert split_words('a \\\n \'b c\' "d\\"e"') == ["a", "b c", 'd"e']
 
 
 def test_a_picture_is_written(tmp_path):

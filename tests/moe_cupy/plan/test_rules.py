@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from moe_ref.gguf import open_gguf
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 TABLE = json.loads((DATA / "plan" / "overrides.json").read_text())
-GOLDEN = Path(os.environ.get("MOE_SHARED", Path(__file__).resolve().parents[4] / "shared")) / "data/golden/archs"
+GOLDEN = Path(__file__).resolve().parents[4] / "shared/data/golden/archs"
 
 
 def run_lengths(text: str) -> str:

@@ -67,6 +67,13 @@ inline int __dp4a(int a, int b, int c) {
     return c;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline void mma_8x8x16(int (&c)[2], int a, int b) {  // see prelude.cuh
+    const int r = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    for (int t = 0; t < 4; t++) {
+        const int row = emulation::exchange(a, 4 * r + t);
+        for (int i = 0; i < 2; i++) c[i] = __dp4a(row, emulation::exchange(b, 4 * (column + i) + t), c[i]);
+    }
+}
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     uint64_t bytes = (uint64_t)high << 32 | low;
     unsigned out = 0;

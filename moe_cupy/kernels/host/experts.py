@@ -1,0 +1,157 @@
+"""Routed experts on rounded vectors: all that are at hand in two lists of jobs, gates and ups, then downs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numba import njit
+
+from moe_cupy.kernels.host import jobs as j
+from moe_cupy.kernels.host.layer import ACTIVATIONS, activate_rows
+from moe_cupy.kernels.host.products import Crew, address_of, give, template
+from moe_cupy.kernels.host.rounding import new_panel, round_rows
+from moe_cupy.kernels.matrix import Matrix
+
+MATRICES = ("gate", "up", "down")
+NO_VECTORS, NO_SCALES = np.empty((0, 0), np.float32), np.empty((3, 0), np.float32)
+Routes = tuple[np.ndarray, np.ndarray, Sequence[Sequence[Matrix]]]  # ids [T, k], wanted [n], gate, up, down of each
+Adjusted = tuple[str, np.ndarray | None, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
+
+
+@njit
+def find_pairs(ids, experts, starts, tokens, ranks):
+    """The (token, rank) pairs that chose each of ``experts`` [n, .]; starts [n + 1] says which pairs are whose."""
+    found = 0
+    for i in range(len(experts)):
+        starts[i] = found
+        for t in range(ids.shape[0]):
+            for r in range(ids.shape[1]):
+                if ids[t, r] == experts[i, 0]:
+                    tokens[found], ranks[found] = t, r
+                    found += 1
+    starts[len(experts)] = found
+    return found
+
+
+@njit
+def adjust(y, scales, biases, e):
+    """y = scales[e] * y + biases[e] of expert e, where there are any."""
+    if scales.size:
+        for i in range(y.size):
+            y[i] *= scales[e]
+    if len(biases):
+        for i in range(y.size):
+            y[i] += biases[e, i]
+
+
+@njit
+def weigh(x, weights, tokens, ranks):
+    """Rows of x [T, D] by pair, times their weights [T, k]."""
+    given = np.empty((tokens.size, x.shape[1]), np.float32)
+    for p in range(tokens.size):
+        for i in range(x.shape[1]):
+            given[p, i] = x[tokens[p], i] * weights[tokens[p], ranks[p]]
+    return given
+
+
+@njit
+def round_for_each(state, job, x, rows, starts):
+    """Rows ``rows`` of x rounded for a job, apart for each expert; one row alone serves all."""
+    panel = new_panel(job[j.ROUNDING], rows.size, job[j.COLS])
+    for i in range(starts.size - 1):
+        part = rows[starts[i] : starts[i + 1]]
+        round_rows(job[j.ROUNDING], x, job[j.COLS], part, state[j.MOST], panel, starts[i])
+    return panel
+
+
+@njit
+def inner(state, layer, given, rows, experts, starts, middle):
+    """middle[0] = gate x, middle[1] = up x for each pair; ``given``[rows] is x of a pair."""
+    count, shared = len(experts), len(given) == 1
+    jobs, results = np.empty((2 * count, j.JOB), np.int64), np.empty((2, rows.size), np.int64)
+    own = np.array([0, 1]) if shared else starts  # where the vectors of experts begin: one vector serves all
+    first = round_for_each(state, layer[0], given, rows[: own[-1]], own)
+    differ = layer[0, j.ROUNDING] != layer[1, j.ROUNDING]
+    second = round_for_each(state, layer[1], given, rows[: own[-1]], own) if differ else first
+    for m in range(2):
+        for p in range(rows.size):
+            results[m, p] = middle[m, p].ctypes.data
+        for i in range(count):
+            job = jobs[m * count + i]
+            job[:] = layer[m]
+            job[j.W] = experts[i, 1 + m]
+            panel, at = (second if m else first), (0 if shared else starts[i])
+            give(job, panel, at, results[m, starts[i] :].ctypes.data, starts[i + 1] - starts[i])
+    j.run(state, jobs)
+
+
+@njit
+def outer(state, layer, middle, experts, starts, results):
+    """Each pair's product of middle [pairs, F] with its expert's down matrix goes to an address of ``results``."""
+    jobs = np.empty((len(experts), j.JOB), np.int64)
+    panel = round_for_each(state, layer[2], middle, np.arange(results.size), starts)
+    for i in range(len(experts)):
+        jobs[i] = layer[2]
+        jobs[i, j.W] = experts[i, 3]
+        give(jobs[i], panel, starts[i], results[starts[i] :].ctypes.data, starts[i + 1] - starts[i])
+    j.run(state, jobs)
+
+
+@njit(
+    "void(i8[::1], i8[:, ::1], f4[:, ::1], Tuple((i4[:, ::1], i8[:, ::1])),"
+    "Tuple((i8, f4[:, ::1], f4[:, ::1], UniTuple(f4[:, ::1], 3))), f4[:, :, ::1])",
+    nogil=True,
+    cache=True,
+)
+def experts_rows(state, layer, x, routes, adjusted, parts):
+    """parts[t, r] = expert ids[t, r] of x[t], for those that are listed.
+
+    ``layer`` is the jobs [3, JOB] of gate, up and down but for addresses, ``routes`` is ids [T, k] and experts [n, 4]:
+    id and addresses of the three; ``adjusted`` is the activation, weights [T, k] of the input, scales [3, E] and biases
+    [E, rows] of the three, any of them empty.
+    """
+    (ids, experts), (activation, weights, scales, biases) = routes, adjusted
+    starts = np.empty(len(experts) + 1, np.int64)
+    tokens, ranks = np.empty(ids.size, np.int64), np.empty(ids.size, np.int64)
+    pairs = find_pairs(ids, experts, starts, tokens, ranks)
+    tokens, ranks, rows = tokens[:pairs], ranks[:pairs], tokens[:pairs]
+    if pairs == 0:
+        return
+    if len(weights):
+        x, rows = weigh(x, weights, tokens, ranks), np.arange(pairs)
+    middle = np.empty((2, pairs, layer[0, j.ROWS]), np.float32)
+    inner(state, layer, x, rows, experts, starts, middle)
+    results = np.empty(pairs, np.int64)
+    for i in range(len(experts)):
+        for p in range(starts[i], starts[i + 1]):
+            for m in range(2):
+                adjust(middle[m, p], scales[m], biases[m], experts[i, 0])
+            activate_rows(activation, middle[0, p], middle[1, p])
+            results[p] = parts[tokens[p], ranks[p]].ctypes.data
+    outer(state, layer, middle[0], experts, starts, results)
+    for i in range(len(experts)):
+        for p in range(starts[i], starts[i + 1]):
+            adjust(parts[tokens[p], ranks[p]], scales[2], biases[2], experts[i, 0])
+
+
+@lru_cache(256)
+def layer_jobs(act: str, *three: tuple[str, int, int]) -> np.ndarray:
+    """Jobs [3, JOB] of (type, rows, cols)."""
+    return np.stack([template(*one, act) for one in three])
+
+
+def run_experts(crew: Crew, x: np.ndarray, routes: Routes, adjusted: Adjusted, parts: np.ndarray) -> None:
+    """The op ``experts`` for matrices that ``products.takes``."""
+    (ids, wanted, three), (activation, weights, scales, biases) = routes, adjusted
+    layer = layer_jobs(crew.act, *((w.type, w.rows, w.cols) for w in (several[0] for several in three)))
+    experts = np.array([wanted, *([address_of(w) for w in several] for several in three)]).T.copy()
+    by_matrix = NO_SCALES
+    if scales:
+        ones = np.ones_like(next(iter(scales.values())))
+        by_matrix = np.stack([scales.get(name, ones) for name in MATRICES])
+    vectors = tuple(biases.get(name, NO_VECTORS) for name in MATRICES) if biases else (NO_VECTORS,) * 3
+    given = ACTIVATIONS[activation], NO_VECTORS if weights is None else weights, by_matrix, vectors
+    crew.wake()
+    experts_rows(crew.state, layer, x, (ids, experts), given, parts)

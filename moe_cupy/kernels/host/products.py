@@ -1,0 +1,119 @@
+"""Matrices times rounded vectors: each call rounds, lists its jobs and has the crew do them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+from numba import njit
+
+from moe_cupy.kernels.host import jobs as j
+from moe_cupy.kernels.host.rounding import KINDS, PLAIN, new_panel, round_rows
+from moe_cupy.kernels.host.simd.compiler import rows_address
+from moe_cupy.kernels.host.simd.isa import chosen
+from moe_cupy.kernels.host.simd.rows import FLOATS, FORMATS, block_sizes
+from moe_cupy.kernels.matrix import Matrix
+from moe_ref.quants import BY_NAME
+from moe_ref.quants.activations import DOT_TYPES
+
+
+class Crew(Protocol):
+    """Who does the jobs: ``moe_cupy.device.crew``."""
+
+    act: str
+    state: np.ndarray
+
+    def wake(self) -> None:
+        """See that those who help are awake."""
+
+
+def takes(w: Matrix, act: str) -> bool:
+    """Whether a matrix is multiplied here: rounded vectors meet all formats that have a kernel, exact ones floats."""
+    return w.type in (FORMATS if act == "q8" else FLOATS) and w.cols % 32 == 0
+
+
+@lru_cache(1024)
+def template(kind: str, rows: int, cols: int, act: str) -> np.ndarray:
+    """A job int64 [JOB] but for its addresses and vectors. Compiles the kernels at first use."""
+    job, (_, sizes) = np.zeros(j.JOB, np.int64), block_sizes(kind)
+    block = max(32, BY_NAME[kind].block_elements)
+    for size in range(chosen().columns.bit_length()):
+        job[j.KERNEL + size] = rows_address(kind, 1 << size)
+    job[j.ROW_BYTES], job[j.BLOCKS] = BY_NAME[kind].row_bytes(cols), cols // block
+    job[j.ROWS], job[j.COLS] = rows, cols
+    job[j.ROUNDING] = KINDS[DOT_TYPES.get(kind, "F32")] if act == "q8" else PLAIN
+    job[j.VALUE_BYTES : j.SUM_BYTES + 1] = [size * (cols // block) for size in sizes]
+    return job
+
+
+def address(array: Any) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def address_of(w: Matrix) -> int:
+    """Where a matrix begins."""
+    if "address" not in w.prepared:
+        w.prepared["address"] = address(w.data)
+    return w.prepared["address"]
+
+
+def job_of(w: Matrix, act: str) -> np.ndarray:
+    """The job of a matrix, but for its vectors."""
+    if act not in w.prepared:
+        w.prepared[act] = template(w.type, w.rows, w.cols, act).copy()
+        w.prepared[act][j.W] = address_of(w)
+    return w.prepared[act]
+
+
+@njit
+def give(job, panel, at, results, tokens):
+    """Write into a job which vectors it has, from vector ``at`` of a panel on, and where its results go."""
+    codes, values, steps, sums, groups = panel
+    job[j.VALUES] = (codes.ctypes.data if codes.size else values.ctypes.data) + at * job[j.VALUE_BYTES]
+    job[j.STEPS] = steps.ctypes.data + at * job[j.STEP_BYTES]
+    job[j.SUMS] = (groups.ctypes.data if groups.size else sums.ctypes.data) + at * job[j.SUM_BYTES]
+    job[j.RESULTS], job[j.TOKENS] = results, tokens
+
+
+@njit("void(i8[::1], i8[::1], f4[:, ::1], f4[:, ::1])", nogil=True, cache=True)
+def multiply_rows(state, job, x, out):
+    """out = x W^T for the matrix of a job; x [T, cols], out [T, rows]."""
+    tokens, jobs = len(x), job.copy().reshape(1, -1)
+    panel, results = new_panel(job[j.ROUNDING], tokens, job[j.COLS]), np.empty(tokens, np.int64)
+    for t in range(tokens):
+        results[t] = out[t].ctypes.data
+    round_rows(job[j.ROUNDING], x, job[j.COLS], np.arange(tokens), state[j.MOST], panel, 0)
+    give(jobs[0], panel, 0, results.ctypes.data, tokens)
+    j.run(state, jobs)
+
+
+@njit("void(i8[::1], i8[::1], f4[:, :, ::1], f4[:, :, ::1])", nogil=True, cache=True)
+def multiply_heads(state, job, x, out):
+    """out[t, h, :rows] = W[h] x[t, h, :cols]; the job is of the first of H matrices; x and out [T, H, .]."""
+    tokens, heads, width = x.shape
+    jobs, results = np.empty((heads, job.size), np.int64), np.empty((heads, tokens), np.int64)
+    panel = new_panel(job[j.ROUNDING], tokens * heads, job[j.COLS])
+    for h in range(heads):
+        order = heads * np.arange(tokens) + h
+        round_rows(job[j.ROUNDING], x.reshape(-1, width), job[j.COLS], order, state[j.MOST], panel, h * tokens)
+        for t in range(tokens):
+            results[h, t] = out[t, h].ctypes.data
+        jobs[h] = job
+        jobs[h, j.W] += h * job[j.ROWS] * job[j.ROW_BYTES]
+        give(jobs[h], panel, h * tokens, results[h].ctypes.data, tokens)
+    j.run(state, jobs)
+
+
+def multiply(crew: Crew, x: np.ndarray, w: Matrix, out: np.ndarray) -> None:
+    """out = x W^T; x [T, cols], out [T, rows]."""
+    crew.wake()
+    multiply_rows(crew.state, job_of(w, crew.act), x, out)
+
+
+def multiply_stack(crew: Crew, x: np.ndarray, w: Matrix, out: np.ndarray) -> None:
+    """out[t, h, :rows] = W[h] x[t, h, :cols]; w holds the H matrices one below the other, x and out [T, H, .]."""
+    crew.wake()
+    job = template(w.type, w.rows // x.shape[1], w.cols, crew.act).copy()
+    job[j.W] = address_of(w)
+    multiply_heads(crew.state, job, x, out)
