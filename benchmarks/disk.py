@@ -134,7 +134,7 @@ def compare(args: argparse.Namespace, options: dict[str, Any]) -> None:
 def main() -> None:
     """Print what the flags ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_engine(parser)
+    add_engine(parser, "q8")
     parser.add_argument("-n", "--n-gen", type=int, default=48)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--sweep", action="store_true", help="also a table of sizes and depths")

@@ -47,7 +47,7 @@ def measure(engine: Engine, args: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     """Print the answer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_engine(parser)
+    add_engine(parser, "q8")  # as llama.cpp rounds
     parser.add_argument("-p", "--n-prompt", type=int, default=0)
     parser.add_argument("-n", "--n-gen", type=int, default=0)
     parser.add_argument("-r", "--repeat", type=int, default=1)

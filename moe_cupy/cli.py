@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -133,13 +134,14 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
 
 def cmd_check(args: argparse.Namespace) -> int:
     """Every op against its reference, the whole model against moe_ref; exit code 1 on any disagreement."""
+    from moe_cupy.device import open_device
     from moe_cupy.tools import check
 
-    with open_engine(args) as engine:
+    with open_engine(args) as engine, closing(open_device(args.device, args.threads)[0]) as exact:
         if args.n_tokens > engine.kv.capacity:
             raise RequestError(f"--n-tokens {args.n_tokens}: the context holds {engine.kv.capacity}; raise -c")
         tokens = np.random.default_rng(args.seed).integers(0, engine.config.vocab_size, args.n_tokens)
-        outcomes = [*check.check_ops(engine.device, seed=args.seed), *check.check_model(engine, tokens)]
+        outcomes = [*check.check_ops(exact, seed=args.seed), *check.check_model(engine, tokens)]
     print(check.table(outcomes))
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
@@ -203,7 +205,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     passed = True
     for choice in ("host", *(["cuda"] if machine.has_gpu() else [])):
         device, _ = open_device(choice)
-        outcomes = list(check.check_ops(device))
+        outcomes = list(check.check_ops(device, device.formats))
         device.close()
         print(f"\nkernels of the {choice} device\n{check.table(outcomes)}")
         passed = passed and all(outcome.passed for outcome in outcomes)

@@ -15,7 +15,7 @@ from moe_cupy.__main__ import main
 from moe_cupy.device import open_device
 from moe_cupy.device.base import DeviceError
 from moe_cupy.kernels.cuda.sources import kernels, stems
-from moe_cupy.tools import machine
+from moe_cupy.tools import check, machine
 from moe_cupy.tools.gpu_check import page, runner, sanitizer, sections, speed
 from moe_cupy.tools.gpu_check.runner import OK, Request, run_apart, run_here, wrongs
 from moe_cupy.tools.gpu_check.sections import SECTIONS
@@ -23,6 +23,15 @@ from moe_cupy.tools.gpu_check.sections import SECTIONS
 ROOT = Path(__file__).resolve().parents[2]
 HOST = Request("host", small=True)
 PROPERTIES = {"name": b"Card", "totalGlobalMem": 16 << 30, "major": 12, "minor": 0, "l2CacheSize": 64 << 20}
+
+
+def with_a_card() -> Cupy:
+    """The stand-in for CuPy, with what it says of a GPU."""
+    cupy = Cupy()
+    vars(cupy.cuda.runtime).update(
+        getDeviceProperties=lambda _: PROPERTIES, runtimeGetVersion=lambda: 12090, deviceGetPCIBusId=lambda _: "0:1:0.0"
+    )
+    return cupy
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +59,7 @@ def test_the_whole_flow_runs_and_nothing_is_wrong(checked):
 
 def test_it_runs_on_the_cuda_device_over_a_stand_in_for_cupy(emulated, monkeypatch, tmp_path, capsys):
     """The lines that only a GPU would run, but for the GPU."""
-    cupy = Cupy()
-    vars(cupy.cuda.runtime).update(
-        getDeviceProperties=lambda _: PROPERTIES, runtimeGetVersion=lambda: 12090, deviceGetPCIBusId=lambda _: "0:1:0.0"
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy", with_a_card())
     names = ["machine", "bandwidth", "kernels", "speed", "overlap", "models"]
     code = main(["gpu-check", "--small", "--here", "--only", ",".join(names), "-o", str(tmp_path / "x")])
     report = json.loads((tmp_path / "x.json").read_text())
@@ -225,6 +230,21 @@ def test_the_facts_of_a_gpu(monkeypatch, tmp_path):
                        ("max_link_speed", "32.0 GT/s PCIe\n"), ("max_link_width", "16\n")):  # fmt: skip
         (tmp_path / "0000:0a:00.0" / name).write_text(text)
     assert machine.pcie_link("0000:0A:00.0", tmp_path) == "0000:0A:00.0, now 2.5 GT/s x8, at most 32.0 GT/s x16"
+
+
+def test_doctor_tests_the_kernels_of_the_gpu_too(emulated, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "cupy", with_a_card())
+    whole, asked = check.check_ops, []
+
+    def a_few(device, kinds):
+        asked.append((device.name, kinds))
+        return whole(device, ("Q8_0",))
+
+    monkeypatch.setattr(check, "check_ops", a_few)
+    assert main(["doctor", "--folder", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("Card, compute 12.0", "kernels of the host device", "of the cuda device"))
+    assert [name for name, _ in asked] == ["host", "cuda"] and "IQ2_XS" in asked[1][1] and "WRONG" not in said
 
 
 def test_heads_say_what_is_expected_of_the_kernels_that_are_timed():
