@@ -19,11 +19,11 @@ def open_device(choice: str, threads: int | None = None, act: str = "f32") -> tu
     if choice == "cuda":
         if reason := missing_for_cuda():
             raise DeviceError(f"--device cuda: {reason}; or use --device host")
-        return _cuda(), "cuda device, as asked" + _not_rounded(act)
+        return _cuda(act), "cuda device, as asked" + _rounding(act)
     if choice == "emulated":
         from moe_cupy.device.emulated import EmulatedDevice
 
-        return EmulatedDevice(), "emulated device: the CUDA kernels on the CPU, for tests" + _not_rounded(act)
+        return EmulatedDevice(act), "emulated device: the CUDA kernels on the CPU, for tests" + _rounding(act)
     raise DeviceError(f"--device {choice}: unknown; use one of {', '.join(CHOICES)}")
 
 
@@ -41,19 +41,19 @@ def missing_for_cuda() -> str:
 def _auto(threads: int | None, act: str, reason: str) -> tuple[Device, str]:
     if reason:
         return (device := _host(threads, act)), f"auto chose the host device ({device.how}): {reason}"
-    return _cuda(), "auto chose the cuda device: a GPU is here" + _not_rounded(act)
+    return _cuda(act), "auto chose the cuda device: a GPU is here" + _rounding(act)
 
 
-def _not_rounded(act: str) -> str:
-    return "" if act == "f32" else f"; it takes activations as they are: --act {act} has no effect"
+def _rounding(act: str) -> str:
+    return "" if act == "f32" else "; activations rounded to 8 bits in blocks of 32 where they meet quantized weights"
 
 
-def _cuda() -> Device:
+def _cuda(act: str) -> Device:
     import cupy
 
     from moe_cupy.device.cuda import CudaDevice
 
-    return CudaDevice(cupy)
+    return CudaDevice(cupy, act)
 
 
 def _host(threads: int | None, act: str) -> Any:

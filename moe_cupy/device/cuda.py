@@ -89,10 +89,10 @@ class CudaDevice(DiscreteDevice):
 
     name = "cuda"
 
-    def __init__(self, cupy: Any):
+    def __init__(self, cupy: Any, act: str = "f32"):
         if reason := missing(cupy):
             raise DeviceError(f"--device cuda: {reason}; or use --device host")
-        super().__init__()
+        super().__init__(act)
         self.cupy, self._runtime = cupy, cupy.cuda.runtime
         self.pinned_bytes = 0  # page-locked so far
         self._pinned: list[int] = []

@@ -17,11 +17,13 @@ import numpy as np
 from moe_cupy.device.base import Event
 from moe_cupy.kernels.cuda.launches import Launch
 from moe_cupy.kernels.cuda.sources import FORMATS
+from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.table import OPS
 
 SMALLEST_BLOCK = 256  # bytes of pinned memory; blocks are powers of two
 ARENA = 4 << 20  # bytes of them, page-locked before the experts can take all there is
 FIRST_NUMBERS = 1 << 16
+READS_X = ("linear", "linear_add", "linear_heads", "experts")  # ops that leave ``x`` as it is, and may round it
 
 
 def as_bytes(array: Any) -> Any:
@@ -35,6 +37,7 @@ class DeviceWorkspace:
     def __init__(self, device: DiscreteDevice, stream: Any):
         self._device, self._stream = device, stream
         self._arrays: dict[tuple[Any, ...], Any] = {}
+        self._rounded: tuple[Any, Any] | None = None  # an activation and its Q8 blocks
         self.position: Any = None  # int32 [1]: where the one token of a pass is, if launches are to be used again
 
     def scratch(self, name: str, *shape: int, dtype: Any = np.float32) -> Any:
@@ -49,6 +52,32 @@ class DeviceWorkspace:
         target = self.scratch(name, *values.shape, dtype=values.dtype)
         self._device.put(target, values, self._stream)
         return target
+
+    @property
+    def act(self) -> str:
+        """How the device takes activations."""
+        return self._device.act
+
+    def rounding(self, x: Any) -> tuple[Any, bool]:
+        """Room for the Q8 blocks of x, uint8 [..., cols / 32, 40], and whether they are there since x was written."""
+        if self._rounded is not None and self._rounded[0] is x:
+            return self._rounded[1], True
+        blocks = self.scratch("rounded", *x.shape[:-1], x.shape[-1] // 32, 40, dtype=np.uint8)
+        self._rounded = x, blocks
+        return blocks, False
+
+    def written(self, arrays: Iterable[Any]) -> None:
+        """Forget the blocks of an x that shares memory with one of these; what is no array does not matter."""
+        if self._rounded is None:
+            return
+        begin = self._device.address(self._rounded[0])
+        end = begin + self._rounded[0].nbytes
+        for array in arrays:
+            if hasattr(array, "nbytes") and not isinstance(array, (np.generic, Matrix)):
+                first = self._device.address(array)
+                if first < end and begin < first + array.nbytes:
+                    self._rounded = None
+                    return
 
     def numbers(self, first: int, count: int) -> Any:
         """int32 [count] in device memory: first, first + 1, …"""
@@ -79,7 +108,8 @@ class DiscreteDevice:
     formats = FORMATS
     _arena: np.ndarray  # page-locked by the subclass when it begins
 
-    def __init__(self) -> None:
+    def __init__(self, act: str) -> None:
+        self.act = act  # "q8": activations are rounded to 8 bits where they meet block formats; "f32": they are not
         self._workspaces: dict[str, DeviceWorkspace] = {}
         self._blocks: defaultdict[int, deque[tuple[Event, np.ndarray]]] = defaultdict(deque)
         self._fetched: dict[tuple[Any, ...], np.ndarray] = {}
@@ -115,12 +145,16 @@ class DiscreteDevice:
         return self.alloc(int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
-        self.launch_all(OPS[op].cuda, stream, **buffers)
+        self.launch_all(OPS[op].cuda, stream, op in READS_X, **buffers)
 
-    def launch_all(self, launches: Callable[..., Iterable[Launch]], stream: Any, **buffers: Any) -> None:
-        """Run what ``launches`` makes of a workspace and buffers."""
-        for launch in launches(self.workspace(stream), **buffers):
+    def launch_all(
+        self, launches: Callable[..., Iterable[Launch]], stream: Any, reads_x: bool = True, **buffers: Any
+    ) -> None:
+        """Run what ``launches`` makes of a workspace and buffers, of which it may write all but ``x`` if it reads_x."""
+        work = self.workspace(stream)
+        for launch in launches(work, **buffers):
             self.run(launch, stream)
+        work.written(value for name, value in buffers.items() if not (reads_x and name == "x"))
 
     def workspace(self, stream: Any) -> DeviceWorkspace:
         """What the launches of a stream share."""
@@ -143,6 +177,7 @@ class DiscreteDevice:
         block[: values.nbytes] = as_bytes(np.ascontiguousarray(values))
         self.copy_async(as_bytes(dst), block[: values.nbytes], stream)
         free.append((stream.record(), block))
+        self.workspace(stream).written([dst])
 
     def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
         key = name, src.shape, np.dtype(src.dtype)

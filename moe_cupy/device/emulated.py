@@ -51,11 +51,11 @@ class EmulatedDevice(DiscreteDevice, HostDevice):
     name = "emulated"
     formats = DiscreteDevice.formats
 
-    def __init__(self) -> None:
+    def __init__(self, act: str = "f32") -> None:
         self.kernels = library()
         self._graph: list[Launch] | None = None  # that is being captured
-        DiscreteDevice.__init__(self)
-        HostDevice.__init__(self, 1, inline=False)
+        DiscreteDevice.__init__(self, act)
+        HostDevice.__init__(self, 1, act, inline=False)
         self._arena = self.pinned(ARENA)
 
     def alloc(self, nbytes: int) -> np.ndarray:

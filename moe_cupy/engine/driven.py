@@ -20,8 +20,8 @@ from moe_cupy.engine.block import Block
 from moe_cupy.engine.forward import Forward
 from moe_cupy.engine.placement import Placement, cache_request, size_classes
 from moe_cupy.engine.transport import page_locked
+from moe_cupy.kernels.cuda.expert_ops import Resident, resident_experts
 from moe_cupy.kernels.cuda.launches import Residency
-from moe_cupy.kernels.cuda.ops import Resident, resident_experts
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.store import MATRICES, ExpertStore
 from moe_cupy.store.files import align_up

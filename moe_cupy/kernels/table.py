@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from moe_cupy.kernels import reference
+from moe_cupy.kernels.cuda import expert_ops as cuda_experts
 from moe_cupy.kernels.cuda import ops as cuda
 from moe_cupy.kernels.cuda.launches import Launch
 from moe_cupy.kernels.host import ops
@@ -46,6 +47,6 @@ OPS: dict[str, Op] = {
     "delta_gates": Op(reference.delta_gates, ops.delta_gates, cuda.delta_gates),
     "delta_rule": Op(reference.delta_rule, ops.delta_rule, cuda.delta_rule),
     "route": Op(reference.route, ops.route, cuda.route),
-    "experts": Op(reference.experts, ops.experts, cuda.experts),
+    "experts": Op(reference.experts, ops.experts, cuda_experts.experts),
     "combine": Op(reference.combine, ops.combine, cuda.combine),
 }

@@ -155,12 +155,6 @@ def test_decode_attention_in_several_parts_is_that_of_the_host(options):
     assert np.abs(got["out"] - want["out"]).max() <= (2 * score + 618 * 2.0**-24) * np.abs(buffers["v"]).max()
 
 
-def test_it_is_said_that_activations_are_not_rounded():
-    device, why = open_device("emulated", act="q8")
-    device.close()
-    assert "activations as they are: --act q8 has no effect" in why
-
-
 def test_without_a_compiler_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("moe_cupy.device.emulated.emulated", lambda: __import__(

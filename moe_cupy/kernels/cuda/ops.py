@@ -1,22 +1,25 @@
 """The ops of the kernel table as CUDA launches: each takes a workspace and the op's buffers, in device memory.
 
 What an op needs beside its buffers it takes from the workspace: memory that is its own until the launches have
-run, small arrays from the host, and the numbers 0, 1, 2 … as positions and rows.
+run, small arrays from the host, and the numbers 0, 1, 2 … as positions and rows. Where it rounds activations ("q8"),
+products with block formats take Q8 blocks of 32 (quantize_q8.cu); those with plain numbers take activations as they
+are. The ops of routed experts are in expert_ops.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from moe_cupy.kernels.cuda import launches as to
-from moe_cupy.kernels.cuda.launches import CacheRows, Launch, Pointers, Sight, Slots, ceil_div
+from moe_cupy.kernels.cuda.launches import CacheRows, Launch, Sight, ceil_div
+from moe_cupy.kernels.cuda.sources import BLOCK_FORMATS
 from moe_cupy.kernels.matrix import Matrix
 
 Launches = Iterator[Launch]
+LaunchesAnd = Generator[Launch, None, Any]  # and what they lead to
 MAX_GRID = 65535  # blocks along y and z
 MANY_TOKENS = 8  # from here on a matrix is read once for several of them
 PREFILL_QUERIES = 8  # from here on several queries share the rows of the cache
@@ -26,6 +29,13 @@ MAX_SPLITS = 32
 
 class Workspace(Protocol):
     """What ops may use of a device; everything happens in the order of one stream."""
+
+    @property
+    def act(self) -> str:
+        """Whether activations are rounded where they meet block formats ("q8") or not ("f32")."""
+
+    def rounding(self, x: Any) -> tuple[Any, bool]:
+        """Room for the Q8 blocks of x, uint8 [..., cols / 32, 40], and whether they are there since x was written."""
 
     def scratch(self, name: str, *shape: int, dtype: Any = np.float32) -> Any:
         """Device memory under this name and shape; holds what was last written."""
@@ -49,6 +59,24 @@ class Workspace(Protocol):
         """uint64 [n]: where arrays begin in device memory."""
 
 
+# Activations
+
+
+def taken(work: Workspace, x: Any, kind: str) -> LaunchesAnd:
+    """x [..., cols] as a matrix of type ``kind`` takes it: as it is, or its Q8 blocks, made once for all products."""
+    if not is_rounded(work, kind) or x.shape[-1] % 32:
+        return x
+    blocks, are_there = work.rounding(x)
+    if not are_there:
+        yield to.quantize_q8(blocks, x)
+    return blocks
+
+
+def is_rounded(work: Workspace, kind: str) -> bool:
+    """Whether products with matrices of type ``kind`` take Q8 blocks."""
+    return work.act == "q8" and kind in BLOCK_FORMATS
+
+
 # Matrices
 
 
@@ -60,12 +88,11 @@ def linear(
     work: Workspace, x: Any, w: Matrix, out: Any, scale: float = 1.0, bias: Any = None, add: bool = False
 ) -> Launches:
     """A tile of rows and tokens at a time where tokens are many, else a row."""
+    given = yield from taken(work, x, w.type)
     if len(x) < MANY_TOKENS or scale != 1.0:
-        yield to.gemv(out, w, x, bias, scale=scale, add=add)
+        yield to.gemv(out, w, given, bias, scale=scale, add=add)
         return
-    launch = to.gemm(out, Pointers([w.data]), w, x, bias=bias, add=add)
-    where = work.put("matrix", work.addresses([w.data]))
-    yield replace(launch, args=(launch.args[0], where, *launch.args[2:]))
+    yield to.gemm(out, work.put("matrix", work.addresses([w.data])), w, given, bias=bias, add=add)
 
 
 def linear_add(work: Workspace, x: Any, w: Matrix, out: Any, scale: float = 1.0, bias: Any = None) -> Launches:
@@ -73,10 +100,11 @@ def linear_add(work: Workspace, x: Any, w: Matrix, out: Any, scale: float = 1.0,
 
 
 def linear_heads(work: Workspace, x: Any, w: Matrix, out: Any, scale: Any = 1.0, bias: Any = None) -> Launches:
-    one_for_all = np.isscalar(scale)
+    one_for_all, given = np.isscalar(scale), (yield from taken(work, x, w.type))
     yield to.gemv(
-        out, w, x, bias, heads=x.shape[1], scales=None if one_for_all else scale, scale=scale if one_for_all else 1.0
-    )
+        out, w, given, bias, heads=x.shape[1], scales=None if one_for_all else scale,
+        scale=scale if one_for_all else 1.0,
+    )  # fmt: skip
 
 
 # Rows and elements
@@ -182,7 +210,7 @@ def delta_rule(
     yield to.delta_recur(out, qkv, (fade, share), (before, after), key_heads, epsilon=epsilon, tiled=tiled)
 
 
-# Experts
+# Routed experts (and expert_ops.py)
 
 
 def route(
@@ -193,106 +221,6 @@ def route(
         ids, weights, logits, bias, gating=gating, select_logits=by_logit, groups=groups, groups_used=groups_used,
         renormalise=renormalise, scale=scale,
     )  # fmt: skip
-
-
-def experts(
-    work: Workspace, x: Any, ids: Any, wanted: np.ndarray, gate: Sequence[Matrix], up: Sequence[Matrix],
-    down: Sequence[Matrix], *, parts: Any, on_host: np.ndarray, first: bool = True, activation: str = "silu",
-    weights: Any = None, scales: Any = None, biases: Any = None,
-) -> Launches:  # fmt: skip
-    """All wanted experts at once, by the addresses of their matrices; ``on_host`` are the ids where Python sees them.
-
-    Each pair of token and rank is summed for itself and added to what the ``first`` launch of an event left there,
-    which is zero: so it does not matter over how many launches the experts are spread.
-    """
-    (t, used, width), scales, biases = parts.shape, scales or {}, biases or {}
-    tables, slot_of = tables_of(work, (gate, up, down), on_host, wanted)
-    h = work.scratch("inner", t, used, gate[0].rows)
-    extra = {n: (scales.get(n), biases.get(n)) for n in ("gate", "up", "down")}
-    inner = gate_up if gate[0].type == up[0].type else gate_then_up
-    yield from inner(work, h, x, (tables, slot_of, ids), (gate[0], up[0]), activation, (extra, weights))
-    pairs, rows = t * used, parts.reshape(t * used, width)
-    for at in range(0, pairs, MAX_GRID):
-        some, which = slice(at, at + MAX_GRID), (a.reshape(pairs, 1)[at : at + MAX_GRID] for a in (slot_of, ids))
-        slots, (factor, bias) = Slots((tables[2],), *which), extra["down"]
-        inner_rows = h.reshape(pairs, -1)[some]
-        yield to.expert_down(rows[some], inner_rows, slots, down[0], bias=bias, scale=factor, add=not first)
-
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """Experts of one size class under a cache on the device: see resolve.cu and fill.cu."""
-
-    lru: to.Residency
-    slot_at: Any  # uint64 [slots]: where slots begin
-    source_of: Any  # uint64 [keys]: where experts lie in host memory
-    tables: Mapping[str, Any]  # uint64 [slots] of "gate", "up", "down": where the matrices begin
-    like: Mapping[str, Matrix]  # their types and shapes
-    slab_bytes: int
-
-
-def resident_experts(
-    work: Workspace, x: Any, ids: Any, resident: Resident, first_key: int, *, parts: Any, activation: str = "silu",
-    weights: Any = None, scales: Any = None, biases: Any = None,
-) -> Launches:  # fmt: skip
-    """The experts ids [1, k] of one token into parts [1, k, D], brought into slots where they are not there."""
-    (_, used, width), scales, biases = parts.shape, scales or {}, biases or {}
-    slots, loads = work.scratch("slots", used, dtype=np.int32), work.scratch("loads", 2, used, dtype=np.int32)
-    yield to.resolve(slots, (loads[0], loads[1]), ids, resident.lru, first_key)
-    yield to.fill(resident.slot_at, resident.source_of, (loads[0], loads[1]), resident.lru.state, resident.slab_bytes)
-    like, extra = resident.like, {n: (scales.get(n), biases.get(n)) for n in ("gate", "up", "down")}
-    h, tables = work.scratch("inner", 1, used, like["gate"].rows), resident.tables
-    inner = gate_up if like["gate"].type == like["up"].type else gate_then_up
-    where = (tables["gate"], tables["up"]), slots.reshape(1, used), ids
-    yield from inner(work, h, x, where, (like["gate"], like["up"]), activation, (extra, weights))
-    down, (factor, bias) = Slots((tables["down"],), slots.reshape(used, 1), ids.reshape(used, 1)), extra["down"]
-    yield to.expert_down(parts.reshape(used, width), h.reshape(used, -1), down, like["down"], bias=bias, scale=factor)
-
-
-def tables_of(
-    work: Workspace, three: Sequence[Sequence[Matrix]], ids: np.ndarray, wanted: np.ndarray
-) -> tuple[Any, Any]:
-    """Addresses uint64 [3, n] of gate, up and down, and slot_of int32 [T, used]: an index into them, or -1."""
-    slot_of = np.full(ids.shape, -1, np.int32)
-    for slot, expert in enumerate(wanted):
-        slot_of[ids == expert] = slot
-    addresses = np.stack([work.addresses([w.data for w in matrices]) for matrices in three])
-    return work.put("addresses", addresses), work.put("slot_of", slot_of)
-
-
-def gate_up(
-    work: Workspace, h: Any, x: Any, where: tuple[Any, Any, Any], like: tuple[Matrix, Matrix], activation: str,
-    extra: Any,
-) -> Launches:  # fmt: skip
-    """h [T, used, F] = act(gate x, up x) in one launch."""
-    (tables, slot_of, ids), (of, weights) = where, extra
-    (gate_scale, gate_bias), (up_scale, up_bias) = of["gate"], of["up"]
-    yield to.expert_gate_up(
-        h, x, Slots((tables[0], tables[1]), slot_of, ids), like[0], activation, biases=(gate_bias, up_bias),
-        scales=(gate_scale, up_scale), input_weights=weights,
-    )  # fmt: skip
-
-
-def gate_then_up(
-    work: Workspace, h: Any, x: Any, where: tuple[Any, Any, Any], like: tuple[Matrix, Matrix], activation: str,
-    extra: Any,
-) -> Launches:  # fmt: skip
-    """The same where gate and up are of different types: one after the other, with x repeated for each rank."""
-    (tables, slot_of, ids), (of, weights) = where, extra
-    (t, used), width = slot_of.shape, x.shape[1]
-    each, up = work.scratch("each", t, used, width), work.scratch("inner up", *h.shape)
-    for rank in range(used):
-        yield from columns(work, x, 0, each.reshape(t, -1), rank * width, width)
-    if weights is not None:
-        yield to.multiply(each, weights)
-    which = slot_of.reshape(-1, 1), ids.reshape(-1, 1)
-    for i, (out, name) in enumerate(((h, "gate"), (up, "up"))):
-        rows, given = out.reshape(t * used, -1), each.reshape(t * used, -1)
-        for at in range(0, t * used, MAX_GRID):
-            some = slice(at, at + MAX_GRID)
-            slots, (factor, bias) = Slots((tables[i],), *(a[some] for a in which)), of[name]
-            yield to.expert_down(rows[some], given[some], slots, like[i], bias=bias, scale=factor)
-    yield to.activate(h, h, up, activation)
 
 
 def combine(work: Workspace, parts: Any, weights: Any, out: Any, add: bool = True) -> Launches:

@@ -51,15 +51,17 @@ def gemv_naive(out: Any, w: Matrix, x: Any, block: int = 128) -> Launch:
 
 
 def gemm(
-    out: Any, weights: Pointers, like: Matrix, x: Any, order: Any = None, first: Any = None, *, bias: Any = None,
+    out: Any, weights: Any, like: Matrix, x: Any, order: Any = None, first: Any = None, *, bias: Any = None,
     per_row: int = 1, most: int = 0, add: bool = False, variant: str = "",
 ) -> Launch:  # fmt: skip
     """out [pairs, rows] (+)= x W_slot^T + bias; ``like`` gives type and shape, ``most`` bounds the pairs of a slot.
 
-    x [pairs / per_row, cols] (activations as they are) or Q8 blocks, for which there are two variants, "pipelined" and
-    "mma" (tensor cores), of a few formats. order and first: see ``group_by_expert``.
+    weights: Pointers, or uint64 [slots] in device memory. x [pairs / per_row, cols] (activations as they are) or Q8
+    blocks, for which there are two variants, "pipelined" and "mma" (tensor cores), of a few formats. order and first:
+    see ``group_by_expert``.
     """
-    pairs, grid = len(out), (ceil_div(like.rows, 64), ceil_div(most or len(out), 32), len(weights.arrays))
+    slots = len(weights.arrays) if isinstance(weights, Pointers) else len(weights)
+    pairs, grid = len(out), (ceil_div(like.rows, 64), ceil_div(most or len(out), 32), slots)
     args = (out, weights, x, order, first, bias, pairs, like.rows, like.cols, per_row, int(add))
     tile = 4 * (8 * (72 + 40) + 4 * 64 + 2 * 32) if is_q8(x) else 4 * 32 * (64 + 32)  # bytes
     name = "gemm" + (f"_{variant}" if variant else "" if is_q8(x) else "_float")
