@@ -16,6 +16,7 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.table import OPS
 from moe_ref.model import Model
 
+FINER = 1.2  # blocks of 32 change at most so many times what llama.cpp's CPU kernels change by blocks of 32 to 256
 SHARE_OF_ROUNDING = 0.25  # of what rounding activations changes (latent attention is taken apart in float32)
 WHOLE_MODEL_TOLERANCE = 1e-3  # times max(1, std of the logits), as for the reference against llama.cpp
 
@@ -128,23 +129,34 @@ def check_model(engine: Any, tokens: np.ndarray) -> Iterator[Outcome]:
         yield compare_logits("model, one pass", got, want)
         yield compare_logits("model, by token", steps, want)
     else:
-        yield compare_logits("by token, in one", steps, got)
+        yield (compare_logits if engine.device.is_unified else compare_medians)("by token, in one", steps, got)
         yield compare_rounded(engine, tokens)
+
+
+def compare_medians(name: str, got: np.ndarray, want: np.ndarray) -> Outcome:
+    """Where sums of few tokens and of many are added in different orders, a number next to a half may be rounded
+    the other way, and all behind it differs: so it is the median that has to be within tolerance."""
+    error, allowed = float(np.median(np.abs(got - want))), WHOLE_MODEL_TOLERANCE * max(1.0, float(want.std()))
+    return Outcome(name, len(want), error / allowed, f"median {error:.1e} of {allowed:.1e}")
 
 
 def compare_rounded(engine: Any, tokens: np.ndarray) -> Outcome:
     """Rounded activations: tokens, each a sequence of its own, against ``moe_ref`` with the same rounding.
 
     Where a number lies next to a half, the last bit of a sum decides over a step, and all behind it differs. So it is
-    the median that is compared: it may be off by a quarter of what rounding changes.
+    the median that is compared: it may be off by a quarter of what rounding changes. Devices with memory of their own
+    round blocks of 32 whatever the type: they may be off the exact result by a little more than ``moe_ref`` is.
     """
     alone = np.stack([engine.logits([token])[0] for token in tokens])
     rounded, exact = (
         np.stack([model.logits(np.array([token]))[0] for token in tokens])
         for model in (Model(engine.file, act="q8"), Model(engine.file))
     )
-    error, effect = (np.median(np.abs(logits - rounded)) for logits in (alone, exact))
-    worst = float(error / (SHARE_OF_ROUNDING * effect)) if effect else float(error > 0)
+    same_blocks = engine.device.is_unified
+    error = np.median(np.abs(alone - (rounded if same_blocks else exact)))
+    effect = np.median(np.abs(exact - rounded))
+    allowed = (SHARE_OF_ROUNDING if same_blocks else FINER) * effect
+    worst = float(error / allowed) if allowed else float(error > 0)
     return Outcome("model, rounded", len(tokens), worst, f"median {error:.1e}; rounding changes {effect:.1e}")
 
 

@@ -20,6 +20,7 @@ from moe_cupy.kernels.cuda.sources import BLOCK_FORMATS
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.reference import expand
 from moe_cupy.kernels.samples import U, normal, random_matrix, unset
+from moe_cupy.tools.check import FINER, check_model
 from moe_ref.model import Model
 from moe_ref.quants import FormatError
 from moe_ref.weights import Weights
@@ -31,7 +32,6 @@ QUANTS = SHARED / "data/golden/quants"
 KINDS = "Q4_K_M Q8_0 MXFP4_MOE Q2_K Q3_K_M Q5_K_M Q6_K Q4_0 Q5_0 IQ4_NL IQ4_XS IQ3_XXS IQ2_XXS IQ1_S TQ1_0".split()
 QUICK = ("Q4_K_M", "Q8_0")
 SAME = 0.001  # of what rounding changes: what the order of additions, which decides over few roundings, may do
-FINER = 1.2  # rounding blocks of 32 changes at most so many times what the host's blocks of 32 to 256 do
 MIXED = Shape(layers=2, experts=8, used=3, width=256, inner=256, dense_type="Q8_0",
               expert_types=(("Q4_K", "Q4_K", "Q6_K"), ("Q4_0", "Q8_0", "F16")))  # fmt: skip
 
@@ -123,8 +123,9 @@ def test_a_vector_is_rounded_once_for_all_its_products_and_anew_once_it_changed(
 
 
 def experts_case(rng: np.random.Generator, n_tokens: int) -> dict[str, Any]:
-    """Five experts, of which tokens choose three; 64 hidden features of 96."""
-    ids = np.stack([rng.permutation(5)[:3] for _ in range(n_tokens)]).astype(np.int32)
+    """Five experts, of which tokens choose three, one of them seldom; 64 hidden features of 96."""
+    chances = [0.3, 0.3, 0.2, 0.17, 0.03]
+    ids = np.stack([rng.choice(5, 3, replace=False, p=chances) for _ in range(n_tokens)]).astype(np.int32)
     gate, up, down = (
         [random_matrix(rng, kind, rows, cols) for _ in range(5)]
         for kind, rows, cols in (("Q4_0", 64, 96), ("Q4_0", 64, 96), ("Q8_0", 96, 64))
@@ -146,7 +147,7 @@ def expert_and_error(x: np.ndarray, gate: Matrix, up: Matrix, down: Matrix) -> t
     return rounded @ expand(down).T, (near * step + by_step) @ weight + gemm_error(rounded, down, True)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 3, 40])
+@pytest.mark.parametrize("n_tokens", [1, 3, 80])
 @pytest.mark.parametrize("waves", [[[0, 1, 2, 3, 4]], [[3, 0], [4], [1, 2]]], ids=["at once", "three waves"])
 def test_experts_round_what_goes_in_and_what_lies_between(device, n_tokens, waves):
     case = experts_case(np.random.default_rng(6), n_tokens)
@@ -162,7 +163,7 @@ def test_experts_round_what_goes_in_and_what_lies_between(device, n_tokens, wave
     assert device.launched.count("quantize_q8") == 1 + len(waves), "once x, and in each wave what lies between"
     kernels = {name.partition("_Q")[0] for name in device.launched} - {"quantize_q8"}
     tiles = {"gemm", "group_by_expert", "activate"}
-    assert kernels == (tiles if n_tokens == 40 else {"expert_gate_up_q8", "expert_down_q8"})
+    assert kernels == (tiles if n_tokens == 80 else {"expert_gate_up_q8", "expert_down_q8"})
 
 
 def product_in_blocks_of_32(exact: Any) -> Any:
@@ -210,6 +211,19 @@ def test_whole_models_round_as_the_reference_does_in_blocks_of_32(kind, monkeypa
     assert median(got, exact) <= FINER * median(host, exact)
     assert min(by_prompt) <= SAME * effect and max(by_prompt) <= 2 * median(want_whole, whole), (by_prompt, effect)
     assert sum(got.argmax(1) == want.argmax(1)) >= 11 and sum(got.argmax(1) == host.argmax(1)) >= 9
+
+
+@pytest.mark.skipif(not QUANTS.is_dir(), reason=f"{QUANTS} is absent")
+@pytest.mark.parametrize("kind", QUICK)
+def test_check_accepts_rounding_in_blocks_of_32_and_nothing_coarser(kind, monkeypatch):
+    tokens = np.arange(3, 12)
+    with Engine(QUANTS / f"qwen3moe-256.{kind}.gguf", act="q8", device="emulated") as engine:
+        outcomes = list(check_model(engine, tokens))
+        assert [o.name for o in outcomes] == ["by token, in one", "model, rounded"]
+        assert all(o.passed for o in outcomes) and outcomes[1].worst > 0.4, outcomes
+        logits = engine.logits
+        monkeypatch.setattr(engine, "logits", lambda tokens: 1.05 * logits(tokens))
+        assert not any(o.passed for o in check_model(engine, tokens)), "5 % off"
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,8 @@ def replay(bench: Workbench) -> Iterator[Row]:
             written = synthesise(out, trace, plan, 0)
         yield {"name": "model", "GB": written / 1e9}
         for way, share in itertools.product(WAYS, sizes.shares):
-            how: Any = {"device": bench.choice, "cache": f"{share:.1%}", "ctx_size": sizes.tokens, "decode": way}
+            how: Any = {"device": bench.choice, "cache": f"{share:.1%}", "ctx_size": sizes.tokens, "decode": way,
+                        "act": "q8"}  # fmt: skip
             with Engine(path, **how) as engine:
                 yield {"name": f"cache {share:.1%}, decoding driven by the {way}"} | decoded(engine, sizes.tokens)
 
