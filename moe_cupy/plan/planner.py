@@ -274,10 +274,11 @@ def _no_cache(model: Model, machine: Machine, settings: Settings, use: Use, budg
 def warnings_on(model: Model, placement: Placement, request: Request) -> Sequence[str]:
     """What is odd about a placement by hand."""
     told = []
-    unused = [rule for rule in request.overrides if not any(rule.found_in(t.name) for t in model.tensors)]
+    by_hand = [rule for rule in request.overrides if rule.flag == "-ot"]  # the other flags count dense layers too
+    unused = [rule for rule in by_hand if not any(rule.found_in(t.name) for t in model.tensors)]
     if unused:
         patterns = ", ".join(sorted({f"{r.flag} {r.pattern}" for r in unused})[:3])
-        told.append(f"{len(unused)} of {len(request.overrides)} rules find no tensor of this model: {patterns}")
+        told.append(f"{len(unused)} of {len(by_hand)} rules find no tensor of this model: {patterns}")
     split = {t.layer for t in placement.on(CPU, model.tensors) if t.part == "dense" and t.layer is not None}
     on_gpu = {i for i, at in enumerate(placement.pasts) if at == GPU}
     if split & on_gpu:

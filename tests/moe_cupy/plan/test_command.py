@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from moe_cupy.plan.emit import ENGINES, command, numbers_below, quote
 from moe_cupy.plan.hardware import machine_called
 from moe_cupy.plan.llama_command import read_command, split_words
 from moe_cupy.plan.planner import Request, make_plan, static_plan
-from moe_cupy.plan.rules import parse_overrides
+from moe_cupy.plan.rules import n_cpu_moe, parse_overrides
 from moe_cupy.plan.shapes import preset
 from moe_ref.split import open_model
 
@@ -247,3 +248,20 @@ def test_run_says_what_the_flags_mean_on_the_host_device(capsys, tmp_path):
     assert main(words) == 0
     said = capsys.readouterr().err
     assert "--fit is off" in said and "move nothing" in said and "3 tensors" in said
+
+
+def test_n_cpu_moe_of_a_deep_model_is_one_short_rule_elsewhere_and_planned_quickly():
+    model = preset("qwen3-235b-a22b")
+    begun = time.process_time()
+    plan = static_plan(model, MISSION, Request(ngl="99", overrides=tuple(n_cpu_moe(200))))
+    assert time.process_time() - begun < 5  # every pattern read again for every tensor took half a minute
+    words = shlex.split(command(plan, "ik_llama.cpp"))
+    rules = parse_overrides(words[words.index("-ot") + 1])
+    assert len(rules) == 1
+    routed = [t.name for t in model.tensors if t.part == "routed"]
+    assert [t.name for t in model.tensors if rules[0].found_in(t.name)] == routed
+
+
+def test_dense_layers_below_n_cpu_moe_are_no_reason_for_a_warning():
+    plan = static_plan(preset("glm-4.5-air"), MISSION, Request(ngl="99", overrides=tuple(n_cpu_moe(45))))
+    assert not [w for w in plan.warnings if "find no tensor" in w]
