@@ -101,10 +101,15 @@ def positive(text: str) -> float:
 
 def cmd_plan(args: argparse.Namespace) -> None:
     """Plan, and show it as asked."""
-    said = read_line(args.from_command) if args.from_command else None
+    check_from_command(args)
+    said = read_line(args.from_command) if args.from_command is not None else None
     model = model_called(said.model if said and not args.model else args.model, args.quant)
     machine = machine_of(args)
-    request = said.request if said else request_of(args)
+    request = replace(said.request, depth=args.depth) if said else request_of(args)
+    if said:
+        machine = replace(machine, cores=args.cores or said.threads or machine.cores)
+        if said.model and not args.model and said.model.endswith(".gguf"):
+            model = replace(model, file=said.model)
     curve = curve_from(args.routes, model) if args.routes else None
     plan = planned(model, machine, request, curve, "static" if said else args.mode)
     if said:
@@ -117,6 +122,19 @@ def cmd_plan(args: argparse.Namespace) -> None:
         plot_sizes(model, machine, request, args.plot, curve)
         note(f"{args.plot}: predicted speed against cache size")
     show(args, plan, curve)
+
+
+def check_from_command(args: argparse.Namespace) -> None:
+    """Raise PlanError for flags beside --from-command that its line has to say itself."""
+    usual: dict[str, tuple[str, Any]] = {
+        "-c": ("ctx_size", None), "-ub": ("ubatch_size", 512), "-ctk": ("cache_type_k", "f16"),
+        "-ctv": ("cache_type_v", "f16"), "-ngl": ("n_gpu_layers", None), "--fit": ("fit", "on"),
+        "-ot, --cpu-moe, --n-cpu-moe": ("overrides", []), "--fit-target": ("fit_target", 1024),
+        "--fit-ctx": ("fit_ctx", 4096), "--mode": ("mode", "best"),
+    }  # fmt: skip
+    given = [flag for flag, (name, value) in usual.items() if getattr(args, name) != value]
+    if args.from_command is not None and given:
+        raise PlanError(f"--from-command with {', '.join(given)}: the line alone says what is explained; put it there")
 
 
 def show(args: argparse.Namespace, plan: Plan, curve: Curve | None) -> None:

@@ -51,6 +51,8 @@ def command(plan: Plan, engine: str, windows: bool = False) -> str:
 
 
 def model_file(plan: Plan) -> str:
+    if plan.model.file:
+        return plan.model.file
     name = plan.model.name
     return name if name.endswith(".gguf") else f"{name}-{plan.model.quant}.gguf"
 

@@ -97,6 +97,9 @@ BAD = [
     (["nothere.gguf"], "there is no such file"),
     (["qwen3-30b-a3b", "--from-command", "llama-server -m 'x"], "quotes"),
     (["--from-command", "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf -c"], "needs a value"),
+    (["--from-command", "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf -ngl abc -ot exps=CPU"], "-ngl abc"),
+    (["--from-command", "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf", "-ngl", "3"], "--from-command with -ngl"),
+    (["--from-command", ""], "no model"),
     (["qwen3-30b-a3b", "-ctk", "q3_k"], "q8_0"),
     (["qwen3-30b-a3b", "--vram", "24", "--hardware", "desktop-64g"], "has no GPU"),
 ]  # fmt: skip
@@ -265,3 +268,46 @@ def test_n_cpu_moe_of_a_deep_model_is_one_short_rule_elsewhere_and_planned_quick
 def test_dense_layers_below_n_cpu_moe_are_no_reason_for_a_warning():
     plan = static_plan(preset("glm-4.5-air"), MISSION, Request(ngl="99", overrides=tuple(n_cpu_moe(45))))
     assert not [w for w in plan.warnings if "find no tensor" in w]
+
+
+FORUM = [
+    ("llama-server -m a.gguf --n_gpu_layers 99 --cache_type_k q8_0 --top_p 0.9", {"ngl": "99", "ctk": "q8_0"}),
+    ("llama-server -m a.gguf -fa 1 -c 4096", {"ctx": 4096}),
+    ("numactl --interleave=all ./llama-server -m a.gguf -ngl 7", {"ngl": "7"}),
+    ("C:\\x\\llama-server.exe -m a.gguf -ngl 7", {"ngl": "7"}),
+    ("LLAMA_ARG_N_GPU_LAYERS=5 LLAMA_ARG_CTX_SIZE=512 llama-server -m a.gguf -c 1024", {"ngl": "5", "ctx": 1024}),
+    ("GGML_OP_OFFLOAD_MIN_BATCH=2048 llama-server -m a.gguf", {"threshold": 2048}),
+    ("llama-server -m a.gguf -ub 4096", {"ubatch": 2048}),
+    ("llama-server -m a.gguf -ub 4096 -b 4096", {"ubatch": 4096}),
+    ("llama-server -m a.gguf -ub 0 -b 1024", {"ubatch": 1024}),
+]
+
+
+@pytest.mark.parametrize(("line", "wanted"), FORUM, ids=[line for line, _ in FORUM])
+def test_lines_as_people_post_them(line, wanted):
+    said = read_command(line)
+    assert said.model == "a.gguf" and {name: getattr(said.request, name) for name in wanted} == wanted
+    assert not [r for r in said.remarks if "not known" in r]
+
+
+def test_an_unknown_flag_and_its_value_are_one_remark():
+    said = read_command("llama-server -m a.gguf --whatever x --bias -1 --switch -ngl 3")
+    assert [r.partition(":")[0] for r in said.remarks if "not known" in r] == ["--whatever", "--bias", "--switch"]
+    assert said.request.ngl == "3"
+
+
+def test_a_repository_names_the_model(capsys):
+    line = "llama-server -hf unsloth/Qwen3-30B-A3B-GGUF:Q5_K_M -ngl 99 -ot exps=CPU"
+    plan = planned(capsys, "--from-command", line)
+    assert (plan["model"], plan["quant"]) == ("qwen3-30b-a3b", "Q5_K_M")
+
+
+def test_the_command_keeps_the_file_and_the_threads_of_the_line(capsys):
+    line = "llama-server -m /m/Qwen3-30B-A3B-Q4_K_M.gguf -ngl 99 -ncmoe 30 -t 16"
+    words = shlex.split(planned(capsys, "--from-command", line)["commands"]["llama.cpp"])
+    assert words[words.index("-m") + 1] == "/m/Qwen3-30B-A3B-Q4_K_M.gguf" and words[words.index("-t") + 1] == "16"
+
+
+def test_what_a_line_asks_for_and_is_not_planned_is_said():
+    assert any("-nkvo" in r for r in read_command("llama-server -m a.gguf -nkvo").remarks)
+    assert not any("memory-mapped" in r for r in read_command("llama-server -m a.gguf -ot exps=CPU -rtr").remarks)
