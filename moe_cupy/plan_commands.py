@@ -17,10 +17,10 @@ from moe_cupy.plan.hits import Curve, replayed
 from moe_cupy.plan.llama_command import Command, read_command
 from moe_cupy.plan.memory import KV_TYPES, MIB
 from moe_cupy.plan.planner import Plan, Request, cached_plan, make_plan, static_plan
-from moe_cupy.plan.report import as_json, tensor_lines, text
+from moe_cupy.plan.report import as_json, no_plan, tensor_lines, text
 from moe_cupy.plan.rules import CPU, GPU, Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides, place
 from moe_cupy.plan.shapes import Model, from_file, preset
-from moe_cupy.plan.tables import table
+from moe_cupy.plan.tables import DoesNotFit, table
 from moe_ref.command import add_model, note, number, print_json, read_text
 
 DEFAULT_HARDWARE = "rtx5080-128g"
@@ -65,8 +65,8 @@ def add_plan(commands: Any) -> None:
     add("--quant", help="quantization of a preset, such as Q4_K_M")
     add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
     add("--vram", type=positive, metavar="GIB", help="memory of the GPU; 0: no GPU")
-    add("--ram", type=positive, metavar="GB", help="host memory")
-    add("--ram-bw", type=positive, metavar="GB/S", help="its bandwidth")
+    add("--ram", type=above_zero, metavar="GB", help="host memory")
+    add("--ram-bw", type=above_zero, metavar="GB/S", help="its bandwidth")
     add("--pcie", help="link such as 4x16")
     add("--cores", type=number(1, 4096), help="cores that compute")
     add("-c", "--ctx-size", type=number(0), default=None, help="context; 0: the model's own")
@@ -99,6 +99,14 @@ def positive(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """For argparse's ``type``: a number above 0."""
+    value = positive(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: expected a number above 0")
+    return value
+
+
 def cmd_plan(args: argparse.Namespace) -> None:
     """Plan, and show it as asked."""
     check_from_command(args)
@@ -111,7 +119,12 @@ def cmd_plan(args: argparse.Namespace) -> None:
         if said.model and not args.model and said.model.endswith(".gguf"):
             model = replace(model, file=said.model)
     curve = curve_from(args.routes, model) if args.routes else None
-    plan = planned(model, machine, request, curve, "static" if said else args.mode)
+    try:
+        plan = planned(model, machine, request, curve, "static" if said else args.mode)
+    except DoesNotFit as error:
+        if args.json:
+            print_json(no_plan(model, machine, str(error)))
+        raise
     if said:
         plan = replace(plan, warnings=(*plan.warnings, *said.remarks))
     elif request.is_manual:

@@ -91,7 +91,10 @@ BAD = [
     (["qwen3-235b-a22b", "-ngl", "99"], "--n-cpu-moe"),
     (["qwen3-30b-a3b", "-ngl", "99", "--cpu-moe", "-c", "400000"], "-c "),
     (["kimi-k2", "--quant", "BF16", "--vram", "0", "--ram", "16"], "fits nowhere"),
-    (["qwen3-30b-a3b", "--vram", "1"], "-ub"),
+    (["qwen3-30b-a3b", "--vram", "1"], "--vram 0"),
+    (["qwen3-30b-a3b", "--vram", "1.8"], "nearest that works: -ub 128"),
+    (["qwen3-30b-a3b", "--ram", "0"], "above 0"),
+    (["qwen3-30b-a3b", "--ram-bw", "0"], "above 0"),
     (["qwen3-30b-a3b", "--mode", "cache", "--cpu-moe"], "drop one"),
     (["qwen3-30b-a3b", "--mode", "cache", "--vram", "0"], "needs a GPU"),
     (["nothere.gguf"], "there is no such file"),
@@ -311,3 +314,25 @@ def test_the_command_keeps_the_file_and_the_threads_of_the_line(capsys):
 def test_what_a_line_asks_for_and_is_not_planned_is_said():
     assert any("-nkvo" in r for r in read_command("llama-server -m a.gguf -nkvo").remarks)
     assert not any("memory-mapped" in r for r in read_command("llama-server -m a.gguf -ot exps=CPU -rtr").remarks)
+
+
+def test_an_impossible_request_keeps_the_json_contract(capsys):
+    assert main(["plan", "qwen3-235b-a22b", "-ngl", "99", "--json"]) == 2
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    fits = planned(capsys, "gpt-oss-20b")
+    assert said["fits"] is False and "--n-cpu-moe" in said["warnings"][0]
+    for name in ("model", "hardware", "decode_tok_s", "prefill_tok_s", "vram_bytes", "ram_bytes", "disk_bytes",
+                 "cache_slots", "hit_rate", "tensors", "commands", "warnings"):  # fmt: skip
+        assert type(said[name]) is type(fits[name])
+
+
+def test_the_longest_context_that_is_named_fits_and_the_next_does_not(capsys):
+    words = ["qwen3-30b-a3b", "-ngl", "99", "--cpu-moe", "-c"]
+    longest = int(refused(capsys, *words, "400000").rpartition("-c ")[2])
+    plan = planned(capsys, *words, str(longest))
+    assert any("more than the 40960 tokens" in w for w in plan["warnings"])
+    assert refused(capsys, *words, str(longest + 256))
+
+
+def test_the_smallest_context_that_may_be_chosen_is_kept(capsys):
+    assert planned(capsys, "qwen3-30b-a3b", "-fitc", "30000")["ctx"] >= 30000
