@@ -251,7 +251,13 @@ def planned(model: Model, machine: Machine, request: Request, curve: Curve | Non
 def curve_from(path: str, model: Model) -> Curve:
     """Hit rates of the default policy replayed on a trace, at the shares between which lines are drawn."""
     from moe_cupy.lab.runs import Job, run
+    from moe_cupy.lab.trace import read_trace
 
+    trace = read_trace(path)
+    theirs, ours = (trace.n_experts, trace.shape[2]), (model.expert_count, model.expert_used_count)
+    if theirs != ours:
+        raise PlanError(f"--routes {path}: of a model with {theirs[0]} experts of which {theirs[1]} are used; "
+                        f"{model.name} has {ours[0]} and uses {ours[1]}: record a trace of this model")  # fmt: skip
     shares = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
     least = model.used_share / max(1, len(model.moe_layers))
     points = [(s, float(run(Job(path, "echo", "none", s))["hit_rate"])) for s in shares if s >= least]

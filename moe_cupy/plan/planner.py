@@ -155,7 +155,8 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     if machine.gpu is None or not model.experts:
         raise PlanError("an expert cache needs a GPU and a model with experts")
     curve = curve or curve_of(model)
-    settings, asked = settings_of(model, request)
+    wanted, asked = settings_of(model, request)
+    settings = wanted
     budget = vram_budget(machine, request)
     every = model.layers + 1
     placement = place(model, every, cpu_moe())
@@ -172,7 +173,10 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     cache = Cache(share, curve(share), way, misses)
     depth = min(request.depth, settings.ctx)
     terms = cached_decode(model, machine, placement, settings, depth, cache, curve)
-    steps = (f"dense part, KV and {most} of {model.experts} experts ({share_text(share)}) on the card",)
+    held = f"{most} of {model.experts} experts ({share_text(share)})"
+    steps: tuple[str, ...] = (f"dense part, KV and {held} on the card",)
+    if settings.ctx < wanted.ctx:
+        steps += (f"a context of {settings.ctx}: {wanted.ctx} leaves no room for the dense part",)
     choice = Choice(settings, placement, None, every, use, terms, steps, model.remarks, most, cache.hit_rate)
     return _finished(model, machine, request, curve, choice)
 
@@ -258,10 +262,11 @@ def check_card(model: Model, machine: Machine, settings: Settings, placement: Pl
         near = f"-c {room}" if room else "a quantized cache (-ctk q8_0 -ctv q8_0) and a smaller -c"
         raise DoesNotFit(f"-c {settings.ctx}: the context alone takes {size_text(past)} of the card's "
                         f"{size_text(machine.gpu.vram_bytes)}; nearest that works: {near}")  # fmt: skip
+    instead = " instead of -ot" if any("-ot " in reason for reason in placement.reason.values()) else ""
     sparse = fitting.most_full(model, machine.gpu.vram_bytes, settings) if model.experts else None
-    near = f"--n-cpu-moe {sparse}" if sparse is not None else "fewer layers (-ngl), or leave it to --fit on"
+    near = f"--n-cpu-moe {sparse}{instead}" if sparse is not None else "fewer layers (-ngl), or leave it to --fit on"
     raise DoesNotFit(
-        f"these flags put {use.total / GIB:.1f} GiB on a card of {machine.gpu.vram_bytes / GIB:.0f} GiB: "
+        f"these flags put {use.total / GIB:.1f} GiB on a card of {machine.gpu.vram_bytes / GIB:.3g} GiB: "
         f"{size_text(over)} too many; nearest that works: {near}"
     )
 

@@ -72,7 +72,7 @@ def pattern_of(stem: str, layers: Sequence[int], count: int) -> str:
 def machine_line(machine: Machine) -> str:
     gpu = machine.gpu
     card = (
-        f"{gpu.name}, {gpu.vram_bytes / 2**30:.0f} GiB at {gpu.bandwidth / 1e9:.0f} GB/s, PCIe {gpu.pcie} "
+        f"{gpu.name}, {round(gpu.vram_bytes / 2**30, 2):g} GiB at {gpu.bandwidth / 1e9:.0f} GB/s, PCIe {gpu.pcie} "
         f"({gpu.link_practical / 1e9:.0f} GB/s)" if gpu else "no GPU"
     )  # fmt: skip
     return (f"{machine.name}: {card}; {machine.ram_bytes / 1e9:.0f} GB RAM at {machine.ram_bandwidth / 1e9:.1f} GB/s "
@@ -110,7 +110,9 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
     lines += ["", "what would help most:" if advice else "nothing that was tried helps by 2 %"]
     lines += [f"  {a.gain:5.2f}x  {a.decode_tok_s:6.1f} tok/s  {a.change}" for a in advice]
     if plan.cache_slots and plan.machine.gpu:
-        lines += ["", f"without a cache, as the commands below: {without_cache(plan).decode_tok_s:.1f} tok/s predicted"]
+        still = without_cache(plan)
+        lines += ["", f"without a cache, as the commands below: {still.decode_tok_s:.1f} tok/s predicted, prompts "
+                      f"{still.prefill_tok_s:.1f}"]  # fmt: skip
     lines += [f"\n{engine}:\n  {command(plan, engine, windows)}" for engine in engines]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)

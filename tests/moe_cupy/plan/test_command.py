@@ -22,6 +22,7 @@ from moe_cupy.plan.shapes import preset
 from moe_ref.split import open_model
 
 ARCHS = Path(__file__).resolve().parents[2] / "data" / "archs"
+ROUTES = ARCHS.parents[2] / "data" / "moe-40m-routes.npz"
 MISSION = machine_called("rtx5080-128g")
 
 
@@ -93,6 +94,8 @@ BAD = [
     (["kimi-k2", "--quant", "BF16", "--vram", "0", "--ram", "16"], "fits nowhere"),
     (["qwen3-30b-a3b", "--vram", "1"], "--vram 0"),
     (["qwen3-30b-a3b", "--vram", "1.8"], "nearest that works: -ub 128"),
+    (["qwen3-30b-a3b", "--routes", str(ROUTES)], "of a model with 32 experts"),
+    (["qwen3-30b-a3b", "-ngl", "99", "-ot", "attn=CPU"], "instead of -ot"),
     (["qwen3-30b-a3b", "--ram", "0"], "above 0"),
     (["qwen3-30b-a3b", "--ram-bw", "0"], "above 0"),
     (["qwen3-30b-a3b", "--mode", "cache", "--cpu-moe"], "drop one"),
@@ -336,3 +339,9 @@ def test_the_longest_context_that_is_named_fits_and_the_next_does_not(capsys):
 
 def test_the_smallest_context_that_may_be_chosen_is_kept(capsys):
     assert planned(capsys, "qwen3-30b-a3b", "-fitc", "30000")["ctx"] >= 30000
+
+
+def test_a_cache_that_costs_context_says_so_and_what_prompts_would_be_without_it(capsys):
+    assert main(["plan", "glm-4.5-air", "--vram", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "a context of 4096: 16384 leaves no room" in said and re.search(r"without a cache.*, prompts \d", said)
