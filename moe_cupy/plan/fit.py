@@ -115,7 +115,10 @@ def _no_room(model: Model, budget: int, settings: Settings) -> str:
         return use_of(model, place(model, 0, cpu_moe()), replace(settings, ubatch=ubatch), GPU).total
 
     smaller = next((n for n in (256, 128, 64, 32) if n < settings.ubatch and need(n) <= budget), None)
-    near = f"-ub {smaller}" if smaller else "--vram 0, the CPU alone, or a smaller --fit-target if the card is not full"
+    room = min(longest(model, place(model, 0, cpu_moe()), budget, settings), model.context_length)
+    near = "--vram 0, the CPU alone, or a smaller --fit-target if the card is not full"
+    if smaller or 0 < room < settings.ctx:
+        near = f"-ub {smaller}" if smaller else f"-c {room}"
     return (f"the card has {max(0, budget) / 2**30:.2f} GiB to spend when --fit-target is left free, and computing "
             f"alone takes {need(settings.ubatch) / 2**30:.2f} with -ub {settings.ubatch}; "
             f"nearest that works: {near}")  # fmt: skip

@@ -35,6 +35,7 @@ SWITCH_WORDS = {"on": "on", "1": "on", "true": "on", "enabled": "on", "off": "of
                 "disabled": "off"}  # fmt: skip
 OPTIONAL_VALUE = {"fa": SWITCH_WORDS | {"auto": "auto", "-1": "auto"}, "fit": SWITCH_WORDS}
 PROGRAM = re.compile(r"(.*[/\\])?llama-[a-z-]+(\.exe)?", re.IGNORECASE)
+MOST_LAYERS = 4096
 DEFAULT_BATCH = 2048  # of -b; a -ub above it changes nothing
 ENVIRONMENT = {
     "LLAMA_ARG_MODEL": "-m", "LLAMA_ARG_HF_REPO": "-hf", "LLAMA_ARG_N_GPU_LAYERS": "-ngl", "LLAMA_ARG_CTX_SIZE": "-c",
@@ -84,7 +85,7 @@ def read_command(text: str) -> Command:
         elif name == "cmoe":
             overrides += cpu_moe()
         elif name in ("ncmoe", "ncffn"):
-            overrides += (n_cpu_moe if name == "ncmoe" else n_cpu_ffn)(whole(flag, value))
+            overrides += (n_cpu_moe if name == "ncmoe" else n_cpu_ffn)(whole(flag, value, MOST_LAYERS))
         elif name:
             fields[name] = value
     made.model = fields.get("model") or file_of_repository(fields.get("hf"))
@@ -141,9 +142,9 @@ def _next(words: list[str], i: int, made: Command) -> tuple[str, str, int]:
     return flag, "", i + 1
 
 
-def whole(flag: str, text: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise PlanError(f"{flag} {text}: expected a whole number")
+def whole(flag: str, text: str, most: int = 10**9) -> int:
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) > most:
+        raise PlanError(f"{flag} {text[:40]}: expected a whole number up to {most}")
     return int(text)
 
 

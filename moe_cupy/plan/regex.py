@@ -27,8 +27,10 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     """``pattern`` for ``search`` in tensor names. Raises PatternError saying what is wrong with it."""
     try:
         return re.compile(_Reader(pattern).read(), re.ASCII)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise PatternError(str(error)) from error
+    except RecursionError:
+        raise PatternError("its groups are nested too deep") from None
 
 
 class _Reader:

@@ -96,6 +96,10 @@ BAD = [
     (["qwen3-30b-a3b", "--vram", "1.8"], "nearest that works: -ub 128"),
     (["qwen3-30b-a3b", "--routes", str(ROUTES)], "of a model with 32 experts"),
     (["qwen3-30b-a3b", "-ngl", "99", "-ot", "attn=CPU"], "instead of -ot"),
+    (["qwen3-30b-a3b", "-c", "99999999999"], "nearest that works: -c 40960"),
+    (["qwen3-30b-a3b", "-ot", "(" * 3000 + ")" * 3000 + "=CPU"], "nested too deep"),
+    (["qwen3-30b-a3b", "-ot", "a{99999999999}=CPU"], "no pattern"),
+    (["--from-command", "llama-server -m qwen3-30b-a3b.gguf -ncmoe 999999999"], "up to 4096"),
     (["qwen3-30b-a3b", "--ram", "0"], "above 0"),
     (["qwen3-30b-a3b", "--ram-bw", "0"], "above 0"),
     (["qwen3-30b-a3b", "--mode", "cache", "--cpu-moe"], "drop one"),
@@ -111,7 +115,7 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "hint"), BAD, ids=[" ".join(words) or "nothing" for words, _ in BAD])
+@pytest.mark.parametrize(("words", "hint"), BAD, ids=[" ".join(words)[:60] or "nothing" for words, _ in BAD])
 def test_a_bad_request_is_told_in_a_sentence_with_the_nearest_that_works(capsys, words, hint):
     assert hint in refused(capsys, *words)
 
