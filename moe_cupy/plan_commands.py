@@ -153,6 +153,8 @@ def check_from_command(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace, plan: Plan, curve: Curve | None) -> None:
     if args.emit and not args.json:
         print(command(plan, args.emit, args.windows))
+        for warning in plan.warnings:
+            note(f"warning: {warning}")
         return
     if not args.json or args.tensors or args.explain:
         if args.tensors or args.from_command:

@@ -143,10 +143,11 @@ KT_RULES = """- match:
 
 def ktransformers(plan: Plan, windows: bool = False) -> str:
     """Rules for the experts, layer by layer, and the command that reads them."""
-    sparse = static_experts(plan)
+    placement = (without_cache(plan) if plan.cache_slots else plan).placement
+    away = {t.layer for t in placement.on(CPU, plan.model.tensors) if t.part == "routed"}
     moe = plan.model.moe_layers
-    groups = [([i for i in moe if i < sparse], "cpu", "KExpertsCPU"), ([i for i in moe if i >= sparse], "cuda",
-                                                                       "KExpertsMarlin")]  # fmt: skip
+    groups = [([i for i in moe if i in away], "cpu", "KExpertsCPU"),
+              ([i for i in moe if i not in away], "cuda", "KExpertsMarlin")]  # fmt: skip
     rules = [KT_RULES.format(layers="|".join(map(str, layers)), device=d, op=op) for layers, d, op in groups if layers]
     words = ["python", "-m", "ktransformers.local_chat", "--gguf_path", model_file(plan), "--optimize_config_path",
              "rules.yaml", "--cpu_infer", str(plan.machine.cores)]  # fmt: skip
