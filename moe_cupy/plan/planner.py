@@ -132,6 +132,8 @@ def static_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     if machine.gpu is None:
         placement, ngl, sparse, use = place(model, 0, [], None), 0, None, None
         steps: tuple[str, ...] = ("there is no GPU: everything is in host memory",)
+        if request.is_manual:
+            warnings.append("there is no GPU here: -ngl and overrides place nothing")
     elif request.is_manual or not request.fit:
         ngl, sparse = gpu_layers(request.ngl, model.layers), None
         placement = place(model, ngl, request.overrides)

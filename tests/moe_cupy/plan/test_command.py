@@ -300,3 +300,8 @@ def test_a_cache_that_costs_context_says_so_and_what_prompts_would_be_without_it
     assert main(["plan", "glm-4.5-air", "--vram", "8"]) == 0
     said = capsys.readouterr().out
     assert "a context of 4096: 16384 leaves no room" in said and re.search(r"without a cache.*, prompts \d", said)
+
+
+def test_flags_that_place_nothing_are_said(capsys):
+    plan = planned(capsys, "qwen3-30b-a3b", "--vram", "0", "-ngl", "99")
+    assert any("place nothing" in w for w in plan["warnings"])
