@@ -21,7 +21,7 @@ from moe_cupy.plan.cost import (
 )
 from moe_cupy.plan.hardware import GIB, Machine
 from moe_cupy.plan.hits import Curve, curve_of
-from moe_cupy.plan.memory import MIB, SYSTEM_RAM, Settings, Use, all_pasts, use_of
+from moe_cupy.plan.memory import MIB, PAD, SYSTEM_RAM, Settings, Use, all_pasts, use_of
 from moe_cupy.plan.rules import CPU, GPU, Override, Placement, cpu_moe, gpu_layers, place
 from moe_cupy.plan.shapes import Model
 from moe_cupy.plan.tables import DoesNotFit, PlanError
@@ -186,7 +186,14 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
 def _finished(model: Model, machine: Machine, request: Request, curve: Curve, chosen: Choice) -> Plan:
     """The choice with what it does to host memory, the disk and prompts."""
     host = use_of(model, chosen.placement, chosen.settings, CPU)
-    over = max(0, host.total - (machine.ram_bytes - SYSTEM_RAM))
+    room = max(0, machine.ram_bytes - SYSTEM_RAM)
+    if host.past > room:  # weights can be read from a file again, the past cannot
+        ctx = chosen.settings.ctx
+        near = int(room / (host.past / ctx)) // PAD * PAD
+        hint = f"-c {near}" if near else "a smaller -c with -ctk q8_0 -ctv q8_0, or more memory"
+        raise DoesNotFit(f"-c {ctx}: {size_text(host.past)} of the context stay in host memory, which has "
+                         f"{size_text(room)} for it; nearest that works: {hint}")  # fmt: skip
+    over = max(0, host.total - room)
     threshold = offload_threshold(model, request.engine, request.threshold)
     warnings = [*chosen.warnings]
     if chosen.settings.ctx > model.context_length:

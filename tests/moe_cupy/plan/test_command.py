@@ -100,6 +100,7 @@ BAD = [
     (["qwen3-30b-a3b", "-ot", "(" * 3000 + ")" * 3000 + "=CPU"], "nested too deep"),
     (["qwen3-30b-a3b", "-ot", "a{99999999999}=CPU"], "no pattern"),
     (["--from-command", "llama-server -m qwen3-30b-a3b.gguf -ncmoe 999999999"], "up to 4096"),
+    (["qwen3-235b-a22b", "-c", "1000000"], "stay in host memory"),
     (["qwen3-30b-a3b", "--ram", "0"], "above 0"),
     (["qwen3-30b-a3b", "--ram-bw", "0"], "above 0"),
     (["qwen3-30b-a3b", "--mode", "cache", "--cpu-moe"], "drop one"),
