@@ -17,10 +17,10 @@ from moe_cupy.plan.hits import Curve, replayed
 from moe_cupy.plan.llama_command import Command, read_command
 from moe_cupy.plan.memory import KV_TYPES, MIB
 from moe_cupy.plan.planner import Plan, Request, cached_plan, make_plan, static_plan
-from moe_cupy.plan.report import as_json, tensor_lines, text
+from moe_cupy.plan.report import as_json, no_plan, tensor_lines, text
 from moe_cupy.plan.rules import CPU, GPU, Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides, place
 from moe_cupy.plan.shapes import Model, from_file, preset
-from moe_cupy.plan.tables import table
+from moe_cupy.plan.tables import DoesNotFit, table
 from moe_ref.command import add_model, note, number, print_json, read_text
 
 DEFAULT_HARDWARE = "rtx5080-128g"
@@ -65,8 +65,8 @@ def add_plan(commands: Any) -> None:
     add("--quant", help="quantization of a preset, such as Q4_K_M")
     add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
     add("--vram", type=positive, metavar="GIB", help="memory of the GPU; 0: no GPU")
-    add("--ram", type=positive, metavar="GB", help="host memory")
-    add("--ram-bw", type=positive, metavar="GB/S", help="its bandwidth")
+    add("--ram", type=above_zero, metavar="GB", help="host memory")
+    add("--ram-bw", type=above_zero, metavar="GB/S", help="its bandwidth")
     add("--pcie", help="link such as 4x16")
     add("--cores", type=number(1, 4096), help="cores that compute")
     add("-c", "--ctx-size", type=number(0), default=None, help="context; 0: the model's own")
@@ -99,14 +99,32 @@ def positive(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """For argparse's ``type``: a number above 0."""
+    value = positive(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: expected a number above 0")
+    return value
+
+
 def cmd_plan(args: argparse.Namespace) -> None:
     """Plan, and show it as asked."""
-    said = read_line(args.from_command) if args.from_command else None
+    check_from_command(args)
+    said = read_line(args.from_command) if args.from_command is not None else None
     model = model_called(said.model if said and not args.model else args.model, args.quant)
     machine = machine_of(args)
-    request = said.request if said else request_of(args)
+    request = replace(said.request, depth=args.depth) if said else request_of(args)
+    if said:
+        machine = replace(machine, cores=args.cores or said.threads or machine.cores)
+        if said.model and not args.model and said.model.endswith(".gguf"):
+            model = replace(model, file=said.model)
     curve = curve_from(args.routes, model) if args.routes else None
-    plan = planned(model, machine, request, curve, "static" if said else args.mode)
+    try:
+        plan = planned(model, machine, request, curve, "static" if said else args.mode)
+    except DoesNotFit as error:
+        if args.json:
+            print_json(no_plan(model, machine, str(error)))
+        raise
     if said:
         plan = replace(plan, warnings=(*plan.warnings, *said.remarks))
     elif request.is_manual:
@@ -119,9 +137,24 @@ def cmd_plan(args: argparse.Namespace) -> None:
     show(args, plan, curve)
 
 
+def check_from_command(args: argparse.Namespace) -> None:
+    """Raise PlanError for flags beside --from-command that its line has to say itself."""
+    usual: dict[str, tuple[str, Any]] = {
+        "-c": ("ctx_size", None), "-ub": ("ubatch_size", 512), "-ctk": ("cache_type_k", "f16"),
+        "-ctv": ("cache_type_v", "f16"), "-ngl": ("n_gpu_layers", None), "--fit": ("fit", "on"),
+        "-ot, --cpu-moe, --n-cpu-moe": ("overrides", []), "--fit-target": ("fit_target", 1024),
+        "--fit-ctx": ("fit_ctx", 4096), "--mode": ("mode", "best"),
+    }  # fmt: skip
+    given = [flag for flag, (name, value) in usual.items() if getattr(args, name) != value]
+    if args.from_command is not None and given:
+        raise PlanError(f"--from-command with {', '.join(given)}: the line alone says what is explained; put it there")
+
+
 def show(args: argparse.Namespace, plan: Plan, curve: Curve | None) -> None:
     if args.emit and not args.json:
         print(command(plan, args.emit, args.windows))
+        for warning in plan.warnings:
+            note(f"warning: {warning}")
         return
     if not args.json or args.tensors or args.explain:
         if args.tensors or args.from_command:
@@ -220,7 +253,13 @@ def planned(model: Model, machine: Machine, request: Request, curve: Curve | Non
 def curve_from(path: str, model: Model) -> Curve:
     """Hit rates of the default policy replayed on a trace, at the shares between which lines are drawn."""
     from moe_cupy.lab.runs import Job, run
+    from moe_cupy.lab.trace import read_trace
 
+    trace = read_trace(path)
+    theirs, ours = (trace.n_experts, trace.shape[2]), (model.expert_count, model.expert_used_count)
+    if theirs != ours:
+        raise PlanError(f"--routes {path}: of a model with {theirs[0]} experts of which {theirs[1]} are used; "
+                        f"{model.name} has {ours[0]} and uses {ours[1]}: record a trace of this model")  # fmt: skip
     shares = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
     least = model.used_share / max(1, len(model.moe_layers))
     points = [(s, float(run(Job(path, "echo", "none", s))["hit_rate"])) for s in shares if s >= least]

@@ -234,6 +234,11 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def share_text(share: float) -> str:
+    """11%, 0.2%."""
+    return f"{share:.0%}" if share >= 0.01 or not share else f"{share:.1%}"
+
+
 # A prompt
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_cupy.plan.planner import Plan, static_plan
-from moe_cupy.plan.rules import CPU, EXPERTS, Override
+from moe_cupy.plan.rules import CPU, DENSE_FFN, EXPERTS, Override
 
 ENGINES = ("llama.cpp", "ik_llama.cpp", "ktransformers")
 SAFE_ON_WINDOWS = re.compile(r"[A-Za-z0-9_./:\\=@+-]+")
@@ -51,6 +51,8 @@ def command(plan: Plan, engine: str, windows: bool = False) -> str:
 
 
 def model_file(plan: Plan) -> str:
+    if plan.model.file:
+        return plan.model.file
     name = plan.model.name
     return name if name.endswith(".gguf") else f"{name}-{plan.model.quant}.gguf"
 
@@ -59,7 +61,7 @@ def placement_words(plan: Plan, engine: str) -> list[str]:
     """The flags that place tensors: as given, or what the plan found; an expert cache has no flag there."""
     given = plan.request.overrides
     if given:
-        return _override_words(given, engine)
+        return _override_words(given, engine, plan.model.layers)
     sparse = static_experts(plan)
     if not sparse:
         return []
@@ -67,7 +69,12 @@ def placement_words(plan: Plan, engine: str) -> list[str]:
         return ["--cpu-moe"] if engine == "llama.cpp" else ["-ot", f"{EXPERTS}={CPU}"]
     if engine == "llama.cpp":
         return ["--n-cpu-moe", str(sparse)]
-    return ["-ot", rf"blk\.({numbers_below(sparse)}){EXPERTS}={CPU}"]
+    return ["-ot", _first_layers(sparse, EXPERTS)]
+
+
+def _first_layers(count: int, what: str) -> str:
+    """What --n-cpu-moe N means, as one rule."""
+    return rf"blk\.({numbers_below(count)}){what}={CPU}"
 
 
 def numbers_below(n: int) -> str:
@@ -93,7 +100,7 @@ def without_cache(plan: Plan) -> Plan:
     return static_plan(plan.model, plan.machine, replace(plan.request, ctx=plan.settings.ctx), plan.curve)
 
 
-def _override_words(rules: Sequence[Override], engine: str) -> list[str]:
+def _override_words(rules: Sequence[Override], engine: str, layers: int) -> list[str]:
     """Flags of one kind in a row become one word again."""
     words: list[str] = []
     done = 0
@@ -101,7 +108,10 @@ def _override_words(rules: Sequence[Override], engine: str) -> list[str]:
         flag = rules[done].flag
         run = [r for r in rules[done:] if r.flag == flag]
         same = next((i for i, r in enumerate(rules[done:]) if r.flag != flag), len(rules) - done)
-        if flag == "-ot" or engine != "llama.cpp":
+        counts = flag in ("--n-cpu-moe", "--n-cpu-ffn")
+        if counts and engine != "llama.cpp":
+            words += ["-ot", _first_layers(min(same, layers), EXPERTS if flag == "--n-cpu-moe" else DENSE_FFN)]
+        elif flag == "-ot" or engine != "llama.cpp":
             words += ["-ot", ",".join(f"{r.pattern}={r.device}" for r in run[:same])]
         elif flag == "--cpu-moe":
             words += [flag]
@@ -133,10 +143,11 @@ KT_RULES = """- match:
 
 def ktransformers(plan: Plan, windows: bool = False) -> str:
     """Rules for the experts, layer by layer, and the command that reads them."""
-    sparse = static_experts(plan)
+    placement = (without_cache(plan) if plan.cache_slots else plan).placement
+    away = {t.layer for t in placement.on(CPU, plan.model.tensors) if t.part == "routed"}
     moe = plan.model.moe_layers
-    groups = [([i for i in moe if i < sparse], "cpu", "KExpertsCPU"), ([i for i in moe if i >= sparse], "cuda",
-                                                                       "KExpertsMarlin")]  # fmt: skip
+    groups = [([i for i in moe if i in away], "cpu", "KExpertsCPU"),
+              ([i for i in moe if i not in away], "cuda", "KExpertsMarlin")]  # fmt: skip
     rules = [KT_RULES.format(layers="|".join(map(str, layers)), device=d, op=op) for layers, d, op in groups if layers]
     words = ["python", "-m", "ktransformers.local_chat", "--gguf_path", model_file(plan), "--optimize_config_path",
              "rules.yaml", "--cpu_infer", str(plan.machine.cores)]  # fmt: skip

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from moe_cupy.plan.memory import MIB, PAD, Settings, Use, use_of
 from moe_cupy.plan.rules import GPU, Placement, cpu_moe, n_cpu_moe, place
 from moe_cupy.plan.shapes import Model
-from moe_cupy.plan.tables import PlanError
+from moe_cupy.plan.tables import DoesNotFit
 
 DEFAULT_TARGET = 1024 * MIB  # of the card's memory that stays free
 DEFAULT_LEAST_CONTEXT = 4096
@@ -99,6 +99,31 @@ def most_full(model: Model, budget: int, settings: Settings) -> int | None:
     return None if full is None else model.layers - full
 
 
+def longest(model: Model, placement: Placement, budget: int, settings: Settings) -> int:
+    """The longest context that a card holds under a placement; 0: none."""
+
+    def fits(blocks: int) -> bool:
+        return use_of(model, placement, replace(settings, ctx=blocks * PAD), GPU).total <= budget
+
+    return PAD * (most(1, max(1, settings.ctx // PAD), fits) or 0)
+
+
+def _no_room(model: Model, budget: int, settings: Settings) -> str:
+    """Computing alone is too much for the card: what works instead."""
+
+    def need(ubatch: int) -> int:
+        return use_of(model, place(model, 0, cpu_moe()), replace(settings, ubatch=ubatch), GPU).total
+
+    smaller = next((n for n in (256, 128, 64, 32) if n < settings.ubatch and need(n) <= budget), None)
+    room = min(longest(model, place(model, 0, cpu_moe()), budget, settings), model.context_length)
+    near = "--vram 0, the CPU alone, or a smaller --fit-target if the card is not full"
+    if smaller or 0 < room < settings.ctx:
+        near = f"-ub {smaller}" if smaller else f"-c {room}"
+    return (f"the card has {max(0, budget) / 2**30:.2f} GiB to spend when --fit-target is left free, and computing "
+            f"alone takes {need(settings.ubatch) / 2**30:.2f} with -ub {settings.ubatch}; "
+            f"nearest that works: {near}")  # fmt: skip
+
+
 def _dense(model: Model, budget: int, settings: Settings, with_layers: Callable, steps: list[str],
            cpu: bool = False) -> Fitted:  # fmt: skip
     """Whole layers (of a MoE: without experts) from the back."""
@@ -109,9 +134,7 @@ def _dense(model: Model, budget: int, settings: Settings, with_layers: Callable,
 
     ngl = most(0, model.layers + 1, lambda n: use(n).total <= budget)
     if ngl is None:
-        need, have = use(0).total / 2**30, budget / 2**30
-        raise PlanError(f"the card has {max(0.0, have):.1f} GiB to spend and computing alone takes {need:.1f}; use a "
-                        f"smaller -ub (it is {settings.ubatch}) or -c (it is {settings.ctx})")  # fmt: skip
+        raise DoesNotFit(_no_room(model, budget, settings))
     steps.append(f"{ngl} of {model.layers + 1} layers on the card")
     sparse = model.layers if cpu else None
     return Fitted(ngl, sparse, settings, place(model, ngl, rules), use(ngl), tuple(steps))

@@ -14,16 +14,17 @@ from moe_cupy.plan.cost import (
     host_decode,
     offload_threshold,
     prefill,
+    share_text,
     size_text,
     static_decode,
     total,
 )
 from moe_cupy.plan.hardware import GIB, Machine
 from moe_cupy.plan.hits import Curve, curve_of
-from moe_cupy.plan.memory import MIB, SYSTEM_RAM, Settings, Use, all_pasts, use_of
+from moe_cupy.plan.memory import MIB, PAD, SYSTEM_RAM, Settings, Use, all_pasts, use_of
 from moe_cupy.plan.rules import CPU, GPU, Override, Placement, cpu_moe, gpu_layers, place
 from moe_cupy.plan.shapes import Model
-from moe_cupy.plan.tables import PlanError
+from moe_cupy.plan.tables import DoesNotFit, PlanError
 
 DEFAULT_CONTEXT = 16384  # planned for where neither -c nor the model asks for less
 DEFAULT_DEPTH = 1024  # tokens already there when the predicted one is made
@@ -118,7 +119,8 @@ def vram_budget(machine: Machine, request: Request) -> int:
 def settings_of(model: Model, request: Request) -> tuple[Settings, bool]:
     """Context, types and batch; and whether the context was asked for."""
     asked = request.ctx is not None
-    ctx = (request.ctx or model.context_length) if asked else min(model.context_length, DEFAULT_CONTEXT)
+    wanted = max(DEFAULT_CONTEXT, request.fit_ctx)
+    ctx = (request.ctx or model.context_length) if asked else min(model.context_length, wanted)
     return Settings(ctx, request.ctk, request.ctv, request.ubatch), asked
 
 
@@ -130,12 +132,14 @@ def static_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     if machine.gpu is None:
         placement, ngl, sparse, use = place(model, 0, [], None), 0, None, None
         steps: tuple[str, ...] = ("there is no GPU: everything is in host memory",)
+        if request.is_manual:
+            warnings.append("there is no GPU here: -ngl and overrides place nothing")
     elif request.is_manual or not request.fit:
         ngl, sparse = gpu_layers(request.ngl, model.layers), None
         placement = place(model, ngl, request.overrides)
         use = use_of(model, placement, settings, GPU)
         steps = ("placed by the flags given; --fit is off",) if request.is_manual else ("placed with --fit off",)
-        check_card(model, machine, settings, use)
+        check_card(model, machine, settings, placement, use)
         warnings += warnings_on(model, placement, request)
     else:
         fitted = fitting.fit(model, vram_budget(machine, request), settings, asked, request.fit_ctx)
@@ -153,7 +157,8 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     if machine.gpu is None or not model.experts:
         raise PlanError("an expert cache needs a GPU and a model with experts")
     curve = curve or curve_of(model)
-    settings, asked = settings_of(model, request)
+    wanted, asked = settings_of(model, request)
+    settings = wanted
     budget = vram_budget(machine, request)
     every = model.layers + 1
     placement = place(model, every, cpu_moe())
@@ -165,12 +170,15 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     most = min(model.experts, room) if slots is None else slots
     least = model.expert_used_count
     if (slots is None and most < least) or use.total > budget:
-        raise PlanError(_no_cache(model, machine, settings, use, budget))
+        raise DoesNotFit(_no_cache(model, machine, settings, use, budget))
     share = most / model.experts
     cache = Cache(share, curve(share), way, misses)
     depth = min(request.depth, settings.ctx)
     terms = cached_decode(model, machine, placement, settings, depth, cache, curve)
-    steps = (f"dense part, KV and {most} of {model.experts} experts ({share:.0%}) on the card",)
+    held = f"{most} of {model.experts} experts ({share_text(share)})"
+    steps: tuple[str, ...] = (f"dense part, KV and {held} on the card",)
+    if settings.ctx < wanted.ctx:
+        steps += (f"a context of {settings.ctx}: {wanted.ctx} leaves no room for the dense part",)
     choice = Choice(settings, placement, None, every, use, terms, steps, model.remarks, most, cache.hit_rate)
     return _finished(model, machine, request, curve, choice)
 
@@ -178,9 +186,19 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
 def _finished(model: Model, machine: Machine, request: Request, curve: Curve, chosen: Choice) -> Plan:
     """The choice with what it does to host memory, the disk and prompts."""
     host = use_of(model, chosen.placement, chosen.settings, CPU)
-    over = max(0, host.total - (machine.ram_bytes - SYSTEM_RAM))
+    room = max(0, machine.ram_bytes - SYSTEM_RAM)
+    if host.past > room:  # weights can be read from a file again, the past cannot
+        ctx = chosen.settings.ctx
+        near = int(room / (host.past / ctx)) // PAD * PAD
+        hint = f"-c {near}" if near else "a smaller -c with -ctk q8_0 -ctv q8_0, or more memory"
+        raise DoesNotFit(f"-c {ctx}: {size_text(host.past)} of the context stay in host memory, which has "
+                         f"{size_text(room)} for it; nearest that works: {hint}")  # fmt: skip
+    over = max(0, host.total - room)
     threshold = offload_threshold(model, request.engine, request.threshold)
     warnings = [*chosen.warnings]
+    if chosen.settings.ctx > model.context_length:
+        warnings.append(f"-c {chosen.settings.ctx}: more than the {model.context_length} tokens that {model.name} "
+                        "states; such a context needs rope scaling or a later version of the model")  # fmt: skip
     if over:
         warnings.append(f"host memory is short by {size_text(over)}: that much is read from disk again and again")
     prompt = prefill(model, machine, chosen.placement, chosen.settings, threshold, over)
@@ -202,7 +220,7 @@ def host_plan(model: Model, machine: Machine, request: Request, curve: Curve | N
     slots = min(model.experts, int(max(0, room) // model.expert_bytes)) if model.experts else 0
     share = slots / model.experts if model.experts else 1.0
     terms = host_decode(model, machine, curve(share))
-    steps = (f"dense part, KV and {slots} of {model.experts} experts ({share:.0%}) in host memory",)
+    steps = (f"dense part, KV and {slots} of {model.experts} experts ({share_text(share)}) in host memory",)
     choice = Choice(settings, placement, None, 0, None, terms, steps, model.remarks, slots, curve(share))
     return _finished(model, machine, request, curve, choice)
 
@@ -234,14 +252,14 @@ def check_fits_at_all(model: Model, machine: Machine) -> None:
     memory = machine.ram_bytes + (machine.gpu.vram_bytes if machine.gpu else 0)
     dense = model.nbytes - model.routed_bytes
     if dense + SYSTEM_RAM > memory:
-        raise PlanError(
+        raise DoesNotFit(
             f"{model.name} {model.quant}: the part that every token needs takes {size_text(dense)}, and {machine.name} "
             f"has {size_text(memory)} of memory in all: it fits nowhere; use a smaller quantization or model, or at "
             f"least {size_text(dense + SYSTEM_RAM)} of RAM"
         )
 
 
-def check_card(model: Model, machine: Machine, settings: Settings, use: Use) -> None:
+def check_card(model: Model, machine: Machine, settings: Settings, placement: Placement, use: Use) -> None:
     """Raise PlanError where the flags put more on the card than it has."""
     assert machine.gpu is not None
     over = use.total - machine.gpu.vram_bytes
@@ -249,15 +267,15 @@ def check_card(model: Model, machine: Machine, settings: Settings, use: Use) -> 
         return
     past = all_pasts(model, settings)
     if use.past > machine.gpu.vram_bytes // 2:
-        per_token = past / settings.ctx
-        room = max(0, int((machine.gpu.vram_bytes - use.total + use.past) / per_token / 256)) * 256
+        room = fitting.longest(model, placement, machine.gpu.vram_bytes, settings)
         near = f"-c {room}" if room else "a quantized cache (-ctk q8_0 -ctv q8_0) and a smaller -c"
-        raise PlanError(f"-c {settings.ctx}: the context alone takes {size_text(past)} of the card's "
+        raise DoesNotFit(f"-c {settings.ctx}: the context alone takes {size_text(past)} of the card's "
                         f"{size_text(machine.gpu.vram_bytes)}; nearest that works: {near}")  # fmt: skip
+    instead = " instead of -ot" if any("-ot " in reason for reason in placement.reason.values()) else ""
     sparse = fitting.most_full(model, machine.gpu.vram_bytes, settings) if model.experts else None
-    near = f"--n-cpu-moe {sparse}" if sparse is not None else "fewer layers (-ngl), or leave it to --fit on"
-    raise PlanError(
-        f"these flags put {use.total / GIB:.1f} GiB on a card of {machine.gpu.vram_bytes / GIB:.0f} GiB: "
+    near = f"--n-cpu-moe {sparse}{instead}" if sparse is not None else "fewer layers (-ngl), or leave it to --fit on"
+    raise DoesNotFit(
+        f"these flags put {use.total / GIB:.1f} GiB on a card of {machine.gpu.vram_bytes / GIB:.3g} GiB: "
         f"{size_text(over)} too many; nearest that works: {near}"
     )
 
@@ -274,10 +292,11 @@ def _no_cache(model: Model, machine: Machine, settings: Settings, use: Use, budg
 def warnings_on(model: Model, placement: Placement, request: Request) -> Sequence[str]:
     """What is odd about a placement by hand."""
     told = []
-    unused = [rule for rule in request.overrides if not any(rule.found_in(t.name) for t in model.tensors)]
+    by_hand = [rule for rule in request.overrides if rule.flag == "-ot"]  # the other flags count dense layers too
+    unused = [rule for rule in by_hand if not any(rule.found_in(t.name) for t in model.tensors)]
     if unused:
         patterns = ", ".join(sorted({f"{r.flag} {r.pattern}" for r in unused})[:3])
-        told.append(f"{len(unused)} of {len(request.overrides)} rules find no tensor of this model: {patterns}")
+        told.append(f"{len(unused)} of {len(by_hand)} rules find no tensor of this model: {patterns}")
     split = {t.layer for t in placement.on(CPU, model.tensors) if t.part == "dense" and t.layer is not None}
     on_gpu = {i for i, at in enumerate(placement.pasts) if at == GPU}
     if split & on_gpu:

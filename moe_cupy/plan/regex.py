@@ -7,6 +7,7 @@ look-behind and possessive quantifiers exist in Python alone, ``[[:digit:]]`` an
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 CLASSES = {
     "alnum": "a-zA-Z0-9", "alpha": "a-zA-Z", "blank": " \\t", "cntrl": "\\x00-\\x1f\\x7f", "digit": "0-9",
@@ -21,12 +22,15 @@ class PatternError(ValueError):
     """A pattern that ``std::regex`` refuses."""
 
 
+@lru_cache(maxsize=4096)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """``pattern`` for ``search`` in tensor names. Raises PatternError saying what is wrong with it."""
     try:
         return re.compile(_Reader(pattern).read(), re.ASCII)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise PatternError(str(error)) from error
+    except RecursionError:
+        raise PatternError("its groups are nested too deep") from None
 
 
 class _Reader:

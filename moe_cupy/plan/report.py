@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_cupy.plan.advice import Advice
-from moe_cupy.plan.cost import Term, offload_threshold, size_text, total
+from moe_cupy.plan.cost import Term, offload_threshold, share_text, size_text, total
 from moe_cupy.plan.emit import ENGINES, command, without_cache
 from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.planner import Plan
 from moe_cupy.plan.rules import CPU
+from moe_cupy.plan.shapes import Model
 
 PLACES = {CPU: "RAM", "CUDA0": "VRAM"}
 
@@ -28,6 +29,14 @@ def as_json(plan: Plan, windows: bool = False) -> dict[str, Any]:
         "offload_threshold": offload_threshold(plan.model, plan.request.engine, plan.request.threshold),
         "terms": [term_row(term) for term in plan.terms], "prefill_terms": [term_row(t) for t in plan.prompt_terms],
     }  # fmt: skip
+
+
+def no_plan(model: Model, machine: Machine, why: str) -> dict[str, Any]:
+    """The same contract where nothing fits."""
+    nothing = dict.fromkeys(("decode_tok_s", "prefill_tok_s", "hit_rate"), 0.0)
+    empty = dict.fromkeys(("vram_bytes", "ram_bytes", "disk_bytes", "cache_slots"), 0)
+    return {"model": model.name, "quant": model.quant, "hardware": machine.name, "fits": False, **nothing, **empty,
+            "tensors": [], "commands": {}, "warnings": [why]}  # fmt: skip
 
 
 def term_row(term: Term) -> dict[str, Any]:
@@ -63,7 +72,7 @@ def pattern_of(stem: str, layers: Sequence[int], count: int) -> str:
 def machine_line(machine: Machine) -> str:
     gpu = machine.gpu
     card = (
-        f"{gpu.name}, {gpu.vram_bytes / 2**30:.0f} GiB at {gpu.bandwidth / 1e9:.0f} GB/s, PCIe {gpu.pcie} "
+        f"{gpu.name}, {round(gpu.vram_bytes / 2**30, 2):g} GiB at {gpu.bandwidth / 1e9:.0f} GB/s, PCIe {gpu.pcie} "
         f"({gpu.link_practical / 1e9:.0f} GB/s)" if gpu else "no GPU"
     )  # fmt: skip
     return (f"{machine.name}: {card}; {machine.ram_bytes / 1e9:.0f} GB RAM at {machine.ram_bandwidth / 1e9:.1f} GB/s "
@@ -75,7 +84,7 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
     """The plan as lines."""
     m, s = plan.model, plan.settings
     lines = [
-        f"{m.name} {m.quant}: {m.parameters / 1e9:.1f} B parameters, {size_text(m.nbytes)}, {m.layers} layers"
+        f"{m.name} {m.quant}: {count_text(m.parameters)} parameters, {size_text(m.nbytes)}, {m.layers} layers"
         + (
             f", {m.expert_count} experts of {size_text(m.expert_bytes)}, {m.expert_used_count} used"
             if m.experts
@@ -93,17 +102,25 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
     ]
     if plan.cache_slots:
         share = plan.cache_slots / m.experts
-        why = plan.curve.formula(share) if explain else f"of a cache of {plan.cache_slots} experts ({share:.0%})"
+        held = f"of a cache of {plan.cache_slots} experts ({share_text(share)})"
+        why = plan.curve.formula(share) if explain else held
         lines.append(f"hit rate {plan.hit_rate:8.1%}         {why}")
     if m.experts and explain:
         lines += threshold_lines(plan)
     lines += ["", "what would help most:" if advice else "nothing that was tried helps by 2 %"]
     lines += [f"  {a.gain:5.2f}x  {a.decode_tok_s:6.1f} tok/s  {a.change}" for a in advice]
     if plan.cache_slots and plan.machine.gpu:
-        lines += ["", f"without a cache, as the commands below: {without_cache(plan).decode_tok_s:.1f} tok/s predicted"]
+        still = without_cache(plan)
+        lines += ["", f"without a cache, as the commands below: {still.decode_tok_s:.1f} tok/s predicted, prompts "
+                      f"{still.prefill_tok_s:.1f}"]  # fmt: skip
     lines += [f"\n{engine}:\n  {command(plan, engine, windows)}" for engine in engines]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)
+
+
+def count_text(number: int) -> str:
+    """30.5 B, 40 M."""
+    return f"{number / 1e9:.1f} B" if number >= 10**9 else f"{number / 1e6:.3g} M"
 
 
 def term_lines(terms: Sequence[Term]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from moe_cupy.plan.regex import PatternError, compile_pattern
 from moe_cupy.plan.shapes import Model, Tensor
@@ -93,14 +94,20 @@ class Placement:
         return [t for t in tensors if self.device[t.name] == device]
 
 
+@lru_cache(maxsize=256)
+def first_rules(overrides: tuple[Override, ...], names: tuple[str, ...]) -> tuple[Override | None, ...]:
+    """For each name the first rule that finds its pattern in it."""
+    compiled = [(compile_pattern(rule.pattern), rule) for rule in overrides]
+    return tuple(next((rule for pattern, rule in compiled if pattern.search(name)), None) for name in names)
+
+
 def place(model: Model, ngl: int, overrides: Sequence[Override], gpu: str | None = GPU) -> Placement:
     """Where ``-ngl`` and the overrides put each tensor; without a GPU everything is in host memory."""
-    compiled = [(compile_pattern(rule.pattern), rule) for rule in overrides]
     device, reason = {}, {}
     first = model.layers + 1 - ngl
-    for tensor in model.tensors:
+    rules = first_rules(tuple(overrides), tuple(t.name for t in model.tensors))
+    for tensor, rule in zip(model.tensors, rules, strict=True):
         name = tensor.name
-        rule = next((rule for pattern, rule in compiled if pattern.search(name)), None)
         if rule is not None:
             device[name], reason[name] = rule.device, f"{rule.flag} {rule.pattern}={rule.device}"
         elif gpu and _index(tensor, model.layers) >= first:

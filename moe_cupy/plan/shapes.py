@@ -73,6 +73,7 @@ class Model:
     architecture: str = ""
     source: str = ""
     remarks: tuple[str, ...] = field(default=())
+    file: str = ""  # what a command calls it, where that is known
 
     @property
     def layers(self) -> int:

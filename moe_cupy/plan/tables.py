@@ -14,6 +14,10 @@ class PlanError(ValueError):
     """A request that cannot be planned; says what was wrong and the nearest that works."""
 
 
+class DoesNotFit(PlanError):
+    """A request that is understood, and that the machine has no room for."""
+
+
 @cache
 def table(name: str) -> dict[str, Any]:
     """``data/<name>.toml``."""

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ import pytest
 from moe_cupy.__main__ import main
 from moe_cupy.plan.emit import ENGINES, command, numbers_below, quote
 from moe_cupy.plan.hardware import machine_called
-from moe_cupy.plan.llama_command import read_command, split_words
+from moe_cupy.plan.llama_command import read_command
 from moe_cupy.plan.planner import Request, make_plan, static_plan
-from moe_cupy.plan.rules import parse_overrides
+from moe_cupy.plan.rules import n_cpu_moe, parse_overrides
 from moe_cupy.plan.shapes import preset
 from moe_ref.split import open_model
 
 ARCHS = Path(__file__).resolve().parents[2] / "data" / "archs"
+ROUTES = ARCHS.parents[2] / "data" / "moe-40m-routes.npz"
 MISSION = machine_called("rtx5080-128g")
 
 
@@ -90,18 +92,31 @@ BAD = [
     (["qwen3-235b-a22b", "-ngl", "99"], "--n-cpu-moe"),
     (["qwen3-30b-a3b", "-ngl", "99", "--cpu-moe", "-c", "400000"], "-c "),
     (["kimi-k2", "--quant", "BF16", "--vram", "0", "--ram", "16"], "fits nowhere"),
-    (["qwen3-30b-a3b", "--vram", "1"], "-ub"),
+    (["qwen3-30b-a3b", "--vram", "1"], "--vram 0"),
+    (["qwen3-30b-a3b", "--vram", "1.8"], "nearest that works: -ub 128"),
+    (["qwen3-30b-a3b", "--routes", str(ROUTES)], "of a model with 32 experts"),
+    (["qwen3-30b-a3b", "-ngl", "99", "-ot", "attn=CPU"], "instead of -ot"),
+    (["qwen3-30b-a3b", "-c", "99999999999"], "nearest that works: -c 40960"),
+    (["qwen3-30b-a3b", "-ot", "(" * 3000 + ")" * 3000 + "=CPU"], "nested too deep"),
+    (["qwen3-30b-a3b", "-ot", "a{99999999999}=CPU"], "no pattern"),
+    (["--from-command", "llama-server -m qwen3-30b-a3b.gguf -ncmoe 999999999"], "up to 4096"),
+    (["qwen3-235b-a22b", "-c", "1000000"], "stay in host memory"),
+    (["qwen3-30b-a3b", "--ram", "0"], "above 0"),
+    (["qwen3-30b-a3b", "--ram-bw", "0"], "above 0"),
     (["qwen3-30b-a3b", "--mode", "cache", "--cpu-moe"], "drop one"),
     (["qwen3-30b-a3b", "--mode", "cache", "--vram", "0"], "needs a GPU"),
     (["nothere.gguf"], "there is no such file"),
     (["qwen3-30b-a3b", "--from-command", "llama-server -m 'x"], "quotes"),
     (["--from-command", "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf -c"], "needs a value"),
+    (["--from-command", "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf -ngl abc -ot exps=CPU"], "-ngl abc"),
+    (["--from-command", "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf", "-ngl", "3"], "--from-command with -ngl"),
+    (["--from-command", ""], "no model"),
     (["qwen3-30b-a3b", "-ctk", "q3_k"], "q8_0"),
     (["qwen3-30b-a3b", "--vram", "24", "--hardware", "desktop-64g"], "has no GPU"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "hint"), BAD, ids=[" ".join(words) or "nothing" for words, _ in BAD])
+@pytest.mark.parametrize(("words", "hint"), BAD, ids=[" ".join(words)[:60] or "nothing" for words, _ in BAD])
 def test_a_bad_request_is_told_in_a_sentence_with_the_nearest_that_works(capsys, words, hint):
     assert hint in refused(capsys, *words)
 
@@ -196,24 +211,18 @@ def test_ktransformers_rules_name_each_layer_once():
     assert sorted(layers) == list(range(3, 61)) and text.startswith("# python -m ktransformers")
 
 
-LINE = r"""CUDA_VISIBLE_DEVICES=0 ./build/bin/llama-server \
-  -m /models/Qwen3-30B-A3B-Q4_K_M.gguf -ngl 99 -ot "blk\.([0-9])\.ffn_.*_exps=CUDA0,exps=CPU" \
-  -c 32768 -fa -ctk q8_0 -ctv q8_0 -ub 4096 -b 2048 --jinja --port 8080 --frobnicate"""
+def test_ktransformers_rules_follow_flags_given_by_hand():
+    rules = tuple(parse_overrides(r"blk\.([0-9])\.ffn_(up|gate|down)_exps=CPU"))
+    request = Request(ngl="99", overrides=rules)
+    text = command(static_plan(preset("deepseek-v2-lite"), MISSION, request), "ktransformers")
+    found = re.findall(r"layers\\\\\.\(([\d|]+)\).*?generate_device: \"(\w+)\"", text, re.DOTALL)
+    assert found == [("1|2|3|4|5|6|7|8|9", "cpu"), ("|".join(map(str, range(10, 27))), "cuda")]
 
 
-def test_a_command_is_explained(capsys):
-    assert main(["plan", "--from-command", LINE, "--hardware", "rtx4090-96g"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"blk\.9\.ffn_up_exps\.weight .* VRAM +-ot", said)
-    assert re.search(r"blk\.10\.ffn_up_exps\.weight .* RAM +-ot exps=CPU", said)
-    for remark in ("--frobnicate: not known", "-ub 4096 above -b 2048", "--fit changes nothing", "memory-mapped"):
-        assert remark in said
-
-
-def test_words_of_either_system():
-    assert split_words("llama-server.exe -m C:\\m\\a.gguf `\n -ngl 99") == ["llama-server.exe", "-m", "C:\\m\\a.gguf",
-                                                                          "-ngl", "99"]  # fmt: skip
-    assert split_words('a \\\n \'b c\' "d\\"e"') == ["a", "b c", 'd"e']
+def test_a_command_alone_comes_with_its_warnings_on_stderr(capsys):
+    assert main(["plan", "deepseek-r1", "--emit", "llama.cpp"]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1 and "host memory is short" in said.err
 
 
 def test_a_picture_is_written(tmp_path):
@@ -247,3 +256,53 @@ def test_run_says_what_the_flags_mean_on_the_host_device(capsys, tmp_path):
     assert main(words) == 0
     said = capsys.readouterr().err
     assert "--fit is off" in said and "move nothing" in said and "3 tensors" in said
+
+
+def test_n_cpu_moe_of_a_deep_model_is_one_short_rule_elsewhere_and_planned_quickly():
+    model = preset("qwen3-235b-a22b")
+    begun = time.process_time()
+    plan = static_plan(model, MISSION, Request(ngl="99", overrides=tuple(n_cpu_moe(200))))
+    assert time.process_time() - begun < 5  # every pattern read again for every tensor took half a minute
+    words = shlex.split(command(plan, "ik_llama.cpp"))
+    rules = parse_overrides(words[words.index("-ot") + 1])
+    assert len(rules) == 1
+    routed = [t.name for t in model.tensors if t.part == "routed"]
+    assert [t.name for t in model.tensors if rules[0].found_in(t.name)] == routed
+
+
+def test_dense_layers_below_n_cpu_moe_are_no_reason_for_a_warning():
+    plan = static_plan(preset("glm-4.5-air"), MISSION, Request(ngl="99", overrides=tuple(n_cpu_moe(45))))
+    assert not [w for w in plan.warnings if "find no tensor" in w]
+
+
+def test_an_impossible_request_keeps_the_json_contract(capsys):
+    assert main(["plan", "qwen3-235b-a22b", "-ngl", "99", "--json"]) == 2
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    fits = planned(capsys, "gpt-oss-20b")
+    assert said["fits"] is False and "--n-cpu-moe" in said["warnings"][0]
+    for name in ("model", "hardware", "decode_tok_s", "prefill_tok_s", "vram_bytes", "ram_bytes", "disk_bytes",
+                 "cache_slots", "hit_rate", "tensors", "commands", "warnings"):  # fmt: skip
+        assert type(said[name]) is type(fits[name])
+
+
+def test_the_longest_context_that_is_named_fits_and_the_next_does_not(capsys):
+    words = ["qwen3-30b-a3b", "-ngl", "99", "--cpu-moe", "-c"]
+    longest = int(refused(capsys, *words, "400000").rpartition("-c ")[2])
+    plan = planned(capsys, *words, str(longest))
+    assert any("more than the 40960 tokens" in w for w in plan["warnings"])
+    assert refused(capsys, *words, str(longest + 256))
+
+
+def test_the_smallest_context_that_may_be_chosen_is_kept(capsys):
+    assert planned(capsys, "qwen3-30b-a3b", "-fitc", "30000")["ctx"] >= 30000
+
+
+def test_a_cache_that_costs_context_says_so_and_what_prompts_would_be_without_it(capsys):
+    assert main(["plan", "glm-4.5-air", "--vram", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "a context of 4096: 16384 leaves no room" in said and re.search(r"without a cache.*, prompts \d", said)
+
+
+def test_flags_that_place_nothing_are_said(capsys):
+    plan = planned(capsys, "qwen3-30b-a3b", "--vram", "0", "-ngl", "99")
+    assert any("place nothing" in w for w in plan["warnings"])
