@@ -312,7 +312,7 @@ def test_a_full_disk_leaves_no_half_written_file_and_keeps_the_old_one(tiny, tmp
 
     monkeypatch.setattr(os, "fsync", full)
     assert ref_main(["logits", tiny, "--tokens", "1", "-o", str(out)]) == 1
-    assert "No space left" in capsys.readouterr().err
+    assert f"{out}: cannot be written whole: No space left" in capsys.readouterr().err
     assert out.read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.npz", "tiny.gguf"]
 
