@@ -63,7 +63,7 @@ def open_engine(args: argparse.Namespace) -> Any:
     from moe_cupy.kernels.host.compiled import first_run
 
     if first_run():
-        note("compiling host kernels (first run only, some seconds)…")
+        note("compiling host kernels (first run only, up to a minute)…")
     for line in placement_lines(args):
         note(line)
     names = Options.__dataclass_fields__

@@ -25,7 +25,7 @@ def demo(n_predict: int, prompt: str) -> int:
     from moe_cupy.kernels.host.compiled import first_run
 
     if first_run():
-        note("compiling host kernels (first run only, some seconds)…")
+        note("compiling host kernels (first run only, up to a minute)…")
     from moe_cupy.engine import Engine, Stats
     from moe_cupy.tools.report import side_by_side
 

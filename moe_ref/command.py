@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -107,7 +108,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         memory = io.BytesIO()
         yield memory
-        with open(path, "wb", buffering=0) as device:
+        with naming_full_disk(path), open(path, "wb", buffering=0) as device:
             device.write(memory.getbuffer())
         return
     check_writable(target)
@@ -116,7 +117,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise RequestError(f"{target}: cannot be written: {error.strerror}") from error
     try:
-        with os.fdopen(handle, "wb") as out:
+        with naming_full_disk(path), os.fdopen(handle, "wb") as out:
             yield out
             out.flush()
             os.fsync(out.fileno())
@@ -126,6 +127,17 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: str | os.PathLike) -> Iterator[None]:
+    """The system says that a disk is full, but not which file was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise
+        raise OSError(f"{path}: cannot be written whole: {error.strerror}") from error
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -312,7 +312,7 @@ def test_a_full_disk_leaves_no_half_written_file_and_keeps_the_old_one(tiny, tmp
 
     monkeypatch.setattr(os, "fsync", full)
     assert ref_main(["logits", tiny, "--tokens", "1", "-o", str(out)]) == 1
-    assert "No space left" in capsys.readouterr().err
+    assert f"{out}: cannot be written whole: No space left" in capsys.readouterr().err
     assert out.read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.npz", "tiny.gguf"]
 
@@ -386,6 +386,20 @@ def test_interrupting_a_run_ends_it_within_a_second_without_a_traceback():
     assert time.monotonic() - start < 2  # a second to stop, and the interpreter's own end
     assert process.returncode == 130
     assert b"Traceback" not in errors
+
+
+def test_an_interrupt_while_modules_load_is_no_traceback(monkeypatch, capsys):
+    from moe_cupy.__main__ import main
+
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "moe_cupy.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "moe_cupy.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert main() == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_a_reader_that_goes_away_is_no_error_message():

@@ -6,9 +6,14 @@ The definitions stay in ``cache``, which knows no compiler. Who runs them hands 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from moe_cupy.cache import POLICIES as DEFINED
 from moe_cupy.cache import Geometry, Policy
-from moe_cupy.compiled.echo import CompiledEcho
+from moe_cupy.numba_cache import tidy
+
+tidy(Path(__file__).parent)
+
+from moe_cupy.compiled.echo import CompiledEcho  # noqa: E402  (importing compiles)
 
 POLICIES: dict[str, Callable[[Geometry], Policy]] = DEFINED | {"echo": CompiledEcho}

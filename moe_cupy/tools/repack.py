@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from moe_cupy.store import MATRICES, ExpertStore, Layout, arrange, expert_layout, header_bytes, open_repacked
-from moe_ref.command import RequestError, check_writable, whole_file
+from moe_ref.command import RequestError, check_writable, naming_full_disk, whole_file
 from moe_ref.config import load_config
 from moe_ref.gguf import GGUFFile
 from moe_ref.quants import dequantize, quantize
@@ -98,13 +98,14 @@ def appears_whole(path: str) -> Iterator[IO[bytes]]:
     """As ``whole_file``, and where the system can keep a file without a name, a killed process leaves nothing."""
     target = Path(os.path.realpath(path))
     check_writable(target)
+    _refuse_no_file(target)
     try:
         handle = os.open(target.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
     except (OSError, AttributeError):
         with whole_file(path) as out:
             yield out
         return
-    with os.fdopen(handle, "w+b") as out:
+    with naming_full_disk(path), os.fdopen(handle, "w+b") as out:
         yield out
         out.flush()
         os.fsync(handle)
@@ -114,8 +115,15 @@ def appears_whole(path: str) -> Iterator[IO[bytes]]:
             os.replace(named, target)
 
 
+def _refuse_no_file(target: Path) -> None:
+    """A device or a pipe would be replaced by the store; it cannot be read at any place either."""
+    if target.exists() and not target.is_file():
+        raise RequestError(f"{target}: is no regular file; a store is read at any place, so name a file")
+
+
 def _refuse_full_disk(output: str, nbytes: int) -> None:
     check_writable(output)
+    _refuse_no_file(Path(os.path.realpath(output)))
     free = shutil.disk_usage(Path(os.path.realpath(output)).parent).free
     if free < nbytes:
         raise RequestError(f"{output}: needs {nbytes / 2**20:.0f} MiB, but its disk has {free / 2**20:.0f} MiB left")

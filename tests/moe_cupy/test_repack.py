@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_the_old_store_and_nothing_else(model, store, monkeyp
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=f"{store}.*No space left"):
             list(steps)
         monkeypatch.setattr(os, "fsync", real)
     assert fsync and store.read_bytes() == before and os.listdir(store.parent) == listed
@@ -263,6 +263,16 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(model
     assert main(["repack", str(model), "-o", str(store) + "2"]) == 2
     assert "needs 0 MiB, but its disk has 0 MiB left" in capsys.readouterr().err
     assert os.listdir(store.parent) == listed
+
+
+def test_what_is_no_regular_file_is_refused_and_not_replaced(model, tmp_path, capsys):
+    """Root's `-o /dev/full` must not make a file of the device; a pipe is the same case without the danger."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main(["repack", str(model), "-o", str(pipe)]) == 2
+    assert "is no regular file" in capsys.readouterr().err and pipe.is_fifo()
+    with open_gguf(model) as file, pytest.raises(ValueError, match="is no regular file"):
+        list(tool.repack(file, str(pipe), None))
 
 
 KILLED = """

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
+
+from moe_cupy.numba_cache import tidy
 
 HERE = Path(__file__).parent
 
 
-def _kept() -> list[Path]:
-    return list((HERE / "__pycache__").glob("*.nbi"))
-
-
 def first_run() -> bool:
-    """True if Numba's cache beside the kernels is empty, so that the next import takes a minute."""
-    forget_stale()
-    return not _kept()
+    """True if Numba keeps none of the kernels, so that the next import takes a minute."""
+    return not tidy(HERE)
 
 
 def forget_stale() -> None:
-    """Remove what was compiled before any of the kernels changed.
-
-    Numba looks at the file of a function alone, but a function that it keeps holds the code of all that it calls.
-    """
-    newest = max(source.stat().st_mtime for source in HERE.glob("*.py"))
-    for index in _kept():
-        with suppress(OSError):
-            if index.stat().st_mtime < newest:
-                index.unlink()
+    """Remove what was compiled before any of the kernels changed, or is damaged."""
+    tidy(HERE)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,8 @@ COMMON = tuple(
     "-std=c++20 -fPIC -pthread -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing -ffp-contract=off".split()
 )
 WARNINGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-strict-aliasing")
+
+_RUNNING: set[subprocess.Popen[str]] = set()  # compilers
 
 
 class BuildError(RuntimeError):
@@ -77,20 +82,39 @@ def _digest(flavour: Flavour, parts: list[str]) -> str:
 def _run(command: list[str], target: Path) -> None:
     """Run a compiler that writes ``target``, which appears whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, delete=False) as temporary:
-        done = subprocess.run([*command, "-o", temporary.name], capture_output=True, text=True)
-    if done.returncode:
+        pass
+    try:
+        whole = [*command, "-o", temporary.name]
+        process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        _RUNNING.add(process)
+        try:
+            errors = process.communicate()[1]
+        finally:
+            _RUNNING.discard(process)
+            _kill(process)
+        if process.returncode:
+            raise BuildError(f"{target.name}: the C++ compiler failed:\n{errors[-4000:]}")
+        os.chmod(temporary.name, 0o755)
+        os.replace(temporary.name, target)
+    except BaseException:
         os.unlink(temporary.name)
-        raise BuildError(f"{target.name}: the C++ compiler failed:\n{done.stderr[-4000:]}")
-    os.chmod(temporary.name, 0o755)
-    os.replace(temporary.name, target)
+        raise
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a compiler that has not ended, and what it started: g++ is several processes."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _object(name: str, text: str, inputs: list[str], flavour: Flavour) -> Path:
     target = cache_folder() / f"{name}-{flavour.name}-{_digest(flavour, [text, *inputs])}.o"
     if not target.exists():
-        source = target.with_suffix(".cpp")
-        source.write_text(text, "utf-8")
-        _run([compiler(), *COMMON, *WARNINGS, *flavour.flags, "-c", str(source)], target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as own:  # another process may compile the same
+            source = Path(own) / f"{name}.cpp"
+            source.write_text(text, "utf-8")
+            _run([compiler(), *COMMON, *WARNINGS, *flavour.flags, "-c", str(source)], target)
     return target
 
 
@@ -100,7 +124,26 @@ def _objects(flavour: Flavour, stems: tuple[str, ...], folder: Path, formats: tu
     jobs = [(s, translation_unit(s, folder, formats), [*headers, sources.text_of(s, folder)]) for s in stems]
     jobs.append((main.stem, f'#include "{main}"\n', [main.read_text("utf-8")]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: _object(job[0], job[1], job[2], flavour), jobs))
+        made = [pool.submit(_object, name, text, inputs, flavour) for name, text, inputs in jobs]
+        try:
+            return [each.result() for each in made]
+        except BaseException:  # an interrupt does not wait for compilers
+            while not all(each.cancel() or each.done() for each in made):
+                for process in tuple(_RUNNING):
+                    _kill(process)
+                time.sleep(0.01)
+            raise
+
+
+def _make_folder() -> None:
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_folder()).close()
+    except OSError as error:
+        raise BuildError(
+            f"compiled kernels cannot be kept in {cache_folder()} ({error.strerror}); "
+            "name a folder that can be written in MOE_CUPY_CACHE"
+        ) from error
 
 
 def build(
@@ -113,7 +156,7 @@ def build(
 
     ``folder`` may hold changed copies of the sources. Raises BuildError.
     """
-    cache_folder().mkdir(parents=True, exist_ok=True)
+    _make_folder()
     objects = _objects(flavour, sources.stems() if stems is None else stems, folder, formats)
     suffix, link = ("", []) if flavour.is_program else (".so", ["-shared"])
     target = cache_folder() / f"kernels-{flavour.name}-{_digest(flavour, [o.name for o in objects])}{suffix}"

@@ -1,6 +1,7 @@
 """From LLVM text to a function's address, with what was compiled kept on disk.
 
-The key of the cache is the text itself with the CPU it is compiled for, so nothing stale can be found in it.
+The key of the cache is the text itself with the CPU it is compiled for, so nothing stale can be found in it. A file
+begins with the SHA-256 of the rest: what a crash or a full disk has cut short is compiled again, not jumped into.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from llvmlite import binding
 from moe_cupy.kernels.host.simd.isa import Portable, chosen
 from moe_cupy.kernels.host.simd.rows import row_kernel
 
+DIGEST = 32  # bytes
 _KEPT: list[Any] = []  # engines: their code lives as long as they do
 
 
@@ -32,9 +34,11 @@ def folders() -> list[Path]:
 def _stored(name: str) -> bytes | None:
     for folder in folders():
         try:
-            return (folder / name).read_bytes()
+            kept = (folder / name).read_bytes()
         except OSError:
             continue
+        if hashlib.sha256(kept[DIGEST:]).digest() == kept[:DIGEST]:
+            return kept[DIGEST:]
     return None
 
 
@@ -44,7 +48,7 @@ def _store(name: str, code: bytes) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                file.write(code)
+                file.write(hashlib.sha256(code).digest() + code)
             os.replace(file.name, folder / name)
             return
         except OSError:

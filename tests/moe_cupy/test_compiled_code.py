@@ -1,0 +1,108 @@
+"""Compiled code that is kept on disk: damaged, stale or nowhere to be kept, it never changes what a run does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_cupy import numba_cache
+from moe_cupy.kernels.cuda.emulation import build
+from moe_cupy.kernels.host.simd import compiler, isa
+from moe_cupy.kernels.host.simd.rows import row_kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", [lambda code: b"", lambda code: code[:999], lambda code: code[:-1] + b"\0\1"])
+def test_a_damaged_row_kernel_is_compiled_again(folder, damage):
+    one = isa.chosen()
+    text = row_kernel("Q8_0", one, 1)
+    assert compiler.load(text, one)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert ctypes.CFUNCTYPE(None)(compiler.load(text, one))
+    assert file.read_bytes() == whole
+
+
+def test_what_numba_keeps_is_removed_where_it_is_cut_short_or_older_than_a_source(tmp_path, monkeypatch):
+    kept, sources = tmp_path / "kept", tmp_path / "sources"
+    for path in (kept, sources):
+        path.mkdir()
+    (sources / "a.py").write_text("")
+    monkeypatch.setattr(numba_cache, "kept_in", lambda folder: kept)
+    for name, content in (("a.nbi", b"x."), ("old.nbi", b"x."), ("cut.nbi", b"x"), ("a.nbc", b"x."), ("no.nbc", b"")):
+        (kept / name).write_bytes(content)
+    os.utime(kept / "old.nbi", (1, 1))
+    assert numba_cache.tidy(sources) == [kept / "a.nbi"]
+    assert sorted(path.name for path in kept.iterdir()) == ["a.nbc", "a.nbi"]
+
+
+NOWHERE = """
+from pathlib import Path
+from numba.core import caching
+for value in vars(caching).values():
+    if hasattr(value, "_locator_classes"):
+        value._locator_classes = [c for c in value._locator_classes if "UserProvided" in c.__name__]
+from moe_cupy import numba_cache
+print(numba_cache.kept_in(Path(numba_cache.__file__).parent / "kernels" / "host"))
+"""
+
+
+def test_without_a_folder_that_can_be_written_kernels_are_kept_for_the_process():
+    env = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", NOWHERE], capture_output=True, text=True, env=env, timeout=60)
+    assert "moe_cupy-" in done.stdout, done.stderr
+    assert not Path(done.stdout.strip()).exists()
+
+
+def test_a_cache_folder_of_the_emulated_kernels_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_CUPY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match=f"{tmp_path}/file.*MOE_CUPY_CACHE"):
+        build.build()
+
+
+def test_an_interrupt_ends_the_compilers_and_leaves_no_half_written_object(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_CUPY_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "compiler", lambda: "sleep")
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: popen(["sh", "-c", "sleep 60; true"], **how))
+
+    def interrupt() -> None:
+        while not build._RUNNING:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        build.build(stems=("argmax", "attention_combine"))
+    assert time.monotonic() - start < 5
+    assert not list(build.cache_folder().iterdir())
+
+
+def test_processes_that_compile_the_same_do_not_share_the_source(tmp_path, monkeypatch):
+    """One that writes the text again would empty it under the compiler of the other."""
+    monkeypatch.setenv("MOE_CUPY_CACHE", str(tmp_path))
+    build.cache_folder().mkdir(parents=True)
+    sources = []
+    monkeypatch.setattr(build, "compiler", lambda: "g++")
+    monkeypatch.setattr(build, "_run", lambda command, target: sources.append(command[-1]))
+    for _ in range(2):
+        build._object("argmax", "text", [], build.FAST)
+    assert len(set(sources)) == 2 and not list(build.cache_folder().iterdir())
