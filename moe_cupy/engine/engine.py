@@ -101,7 +101,8 @@ class Engine:
         self.views = check_tensors(self.config, self.file)
         self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads, o.act)
         if o.host_cache != "auto" and self.device.is_unified:
-            self.device_reason += f"; the {self.device.name} device has one memory: --host-cache {o.host_cache} has no effect"
+            why = f"the {self.device.name} device has one memory"
+            self.device_reason += f"; {why}: --host-cache {o.host_cache} has no effect"
         self._tokenizer: Tokenizer | None = None
         self._in_use, self._sequences = threading.Lock(), 0  # _sequences: begun so far
         self._resources: list[Any] = [self.device, self.file]
