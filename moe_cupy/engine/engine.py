@@ -74,6 +74,8 @@ class Options:
                 raise ValueError(
                     f"{name}: {getattr(self, name)!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'"
                 )
+        if self.decode == "device" and self.host_cache != "auto":
+            raise ValueError("--decode device page-locks all experts; leave out --host-cache, or use --decode host")
         for name in ("ubatch_size", "reads_in_flight", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -98,6 +100,9 @@ class Engine:
         self.config = load_config(self.file.metadata, vocab_rows(self.file))
         self.views = check_tensors(self.config, self.file)
         self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads, o.act)
+        if o.host_cache != "auto" and self.device.is_unified:
+            why = f"the {self.device.name} device has one memory"
+            self.device_reason += f"; {why}: --host-cache {o.host_cache} has no effect"
         self._tokenizer: Tokenizer | None = None
         self._in_use, self._sequences = threading.Lock(), 0  # _sequences: begun so far
         self._resources: list[Any] = [self.device, self.file]

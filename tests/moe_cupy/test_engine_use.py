@@ -63,3 +63,13 @@ def test_a_cache_that_is_no_text_is_refused_with_examples(model, cache):
 def test_a_prompt_that_is_no_text_and_no_list_is_refused(model, prompt):
     with Engine(model) as engine, pytest.raises(ValueError, match=r"^prompt: "):
         list(engine.generate_tokens(prompt))
+
+
+def test_a_bound_on_host_memory_that_cannot_hold_is_told(model):
+    """Given by hand, it must not be passed over in silence."""
+    with Engine(model, host_cache="50%") as engine:
+        assert "--host-cache 50% has no effect" in engine.device_reason
+    with Engine(model) as engine:
+        assert "--host-cache" not in engine.device_reason
+    with pytest.raises(ValueError, match="leave out --host-cache"):
+        Engine(model, decode="device", host_cache="50%")
