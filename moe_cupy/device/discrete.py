@@ -7,6 +7,7 @@ out of it is done; what is fetched is there after the stream's next event.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -101,7 +102,7 @@ class DeviceWorkspace:
         return np.array([self._device.address(array) for array in arrays], np.uint64)
 
 
-class DiscreteDevice:
+class DiscreteDevice(ABC):
     """See the module."""
 
     is_unified = False
@@ -118,25 +119,29 @@ class DiscreteDevice:
 
     # What a subclass has.
 
+    @abstractmethod
     def alloc(self, nbytes: int) -> Any:
-        raise NotImplementedError
+        """Uninitialised uint8 [nbytes] in device memory."""
 
+    @abstractmethod
     def pinned(self, nbytes: int) -> np.ndarray:
-        raise NotImplementedError
+        """Page-locked uint8 [nbytes] in host memory."""
 
+    @abstractmethod
     def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
-        raise NotImplementedError
+        """Copy src into dst in stream order."""
 
+    @abstractmethod
     def upload(self, host: np.ndarray) -> Any:
-        raise NotImplementedError
+        """The bytes of ``host`` as uint8 in device memory."""
 
+    @abstractmethod
     def address(self, array: Any) -> int:
         """Where ``array`` begins in device memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, launch: Launch, stream: Any) -> None:
         """Launch one kernel in stream order."""
-        raise NotImplementedError
 
     # What follows from it.
 
@@ -162,13 +167,13 @@ class DiscreteDevice:
             self._workspaces[stream.name] = DeviceWorkspace(self, stream)
         return self._workspaces[stream.name]
 
+    @abstractmethod
     def capture(self, stream: Any) -> AbstractContextManager[Any]:
         """Inside, launches of ``stream`` do not run but become the graph that this gives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def replay(self, graph: Any, stream: Any) -> None:
         """Run a graph in stream order."""
-        raise NotImplementedError
 
     def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
         size = max(SMALLEST_BLOCK, 1 << (values.nbytes - 1).bit_length())

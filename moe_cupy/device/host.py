@@ -15,6 +15,7 @@ import numpy as np
 from moe_cupy.device.crew import Crew
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.device.threads import InlineStream, ThreadQueue, ThreadStream
+from moe_cupy.device.unified import Unified
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.table import OPS
@@ -72,7 +73,7 @@ class RowSplitter:
             self._pool.shutdown()
 
 
-class HostDevice:
+class HostDevice(Unified):
     """Runs everything on this machine's cores. ``threads`` is llama.cpp's ``-t``.
 
     ``act`` "q8" rounds activations to 8 bits where they meet quantized weights, as llama.cpp does; "f32" does not.
@@ -117,17 +118,6 @@ class HostDevice:
 
     def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
         stream.run(lambda: np.copyto(dst, src))
-
-    def upload(self, host: np.ndarray) -> np.ndarray:
-        memory = self.alloc(host.nbytes)
-        memory[...] = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
-        return memory
-
-    def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
-        self.copy_async(dst, values.copy(), stream)
-
-    def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
-        return src
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         run = OPS[op].host

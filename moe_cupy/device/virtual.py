@@ -21,6 +21,7 @@ import numpy as np
 from moe_cupy.device.base import Work
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.device.memory import free_and_total
+from moe_cupy.device.unified import Unified
 from moe_cupy.kernels.table import OPS
 
 
@@ -170,7 +171,7 @@ class VirtualQueue:
         return True
 
 
-class VirtualDevice:
+class VirtualDevice(Unified):
     """See the module. ``op_cost(op, buffers)`` and ``read_cost(name)`` give seconds."""
 
     name = "virtual"
@@ -204,17 +205,6 @@ class VirtualDevice:
     def copy_async(self, dst: Any, src: Any, stream: Any) -> None:
         np.copyto(dst, src)
         stream.items.append(_Item(self.now, self.op_cost("copy", {"dst": dst, "src": src}), "copy"))
-
-    def upload(self, host: np.ndarray) -> np.ndarray:
-        memory = self.alloc(host.nbytes)
-        memory[...] = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
-        return memory
-
-    def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
-        self.copy_async(dst, values.copy(), stream)
-
-    def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
-        return src
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         OPS[op].host(self._split, **buffers)
