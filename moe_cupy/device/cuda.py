@@ -165,6 +165,11 @@ class CudaDevice(DiscreteDevice):
             finally:
                 graph.raw = stream.raw.end_capture()
 
+    def order(self, before: Any, after: Any) -> None:
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(before.raw)
+        after.raw.wait_event(event)
+
     def replay(self, graph: Any, stream: Any) -> None:
         graph.raw.launch(stream.raw)
 

@@ -17,7 +17,8 @@ from moe_cupy.cache import Counters
 from moe_cupy.compiled import POLICIES
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
-from moe_cupy.engine.driven import DrivenForward, place_resident
+from moe_cupy.engine.driven import DECIDERS, DrivenForward, place_driven
+from moe_cupy.engine.driven import PREFETCHERS as IN_A_GRAPH
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.placement import Placement, open_store, place_experts
@@ -57,7 +58,7 @@ class Options:
     direct_io: bool = True
     reads_in_flight: int = 4
     act: str = "f32"  # of activations that meet a quantized matrix; "q8" rounds them to 8 bits, several times faster
-    decode: str = "host"  # who decides what is loaded: host (policies, disk) or device (LRU, a token is one graph)
+    decode: str = "host"  # who decides what is loaded: host (any policy) or device (some, a token is one graph)
     progress: bool = False  # show on stderr how far loading is
 
     def __post_init__(self) -> None:
@@ -74,14 +75,22 @@ class Options:
                 raise ValueError(
                     f"{name}: {getattr(self, name)!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'"
                 )
-        if self.decode == "device" and self.host_cache != "auto":
-            raise ValueError("--decode device page-locks all experts; leave out --host-cache, or use --decode host")
+        if self.decode == "device":
+            self._check_device_decides()
         for name in ("ubatch_size", "reads_in_flight", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is too small; use at least 1")
         if self.ctx_size < 0:
             raise ValueError(f"ctx_size: {self.ctx_size} is negative; 0 takes the model's")
+
+    def _check_device_decides(self) -> None:
+        for value, able, flag in ((self.policy, DECIDERS, "--policy"), (self.prefetch, IN_A_GRAPH, "--prefetch")):
+            if value not in able:
+                raise ValueError(
+                    f"{flag} {value}: not with --decode device, where a kernel decides; use one of {', '.join(able)}, "
+                    f"or --decode host"
+                )
 
 
 class Engine:
@@ -192,7 +201,7 @@ class Engine:
             if self.mover is not None:
                 self.mover.empty()
             if isinstance(self.forward, DrivenForward):
-                self.forward.experts.empty()
+                self.forward.pools.empty()
         self.reset_stats()
 
     def encode(self, text: str) -> list[int]:
@@ -208,33 +217,32 @@ class Engine:
 
     @property
     def _step(self) -> int:
-        """Prompt tokens at a time: one where the device decides, which does so token by token."""
-        return 1 if self.options.decode == "device" and self.config.is_moe else self.options.ubatch_size
+        """Prompt tokens at a time."""
+        return self.options.ubatch_size
 
     @property
     def stats(self) -> Stats:
         """The counters so far."""
         stalled = self.device.stalls().get(WAIT_EXPERTS, 0.0) - self._stalled_before
-        moved: dict[str, Any] = self.mover.counters() if self.mover is not None else {}
         if isinstance(self.forward, DrivenForward):
-            moved = self.forward.experts.counters()
+            self.forward.pools.to_host()
+        moved: dict[str, Any] = self.mover.counters() if self.mover is not None else {}
         return replace(self._stats, stall_us=int(1e6 * stalled), **moved)
 
     def reset_stats(self) -> None:
         """Start counting from zero; what is resident stays."""
         mover = self.mover
+        if isinstance(self.forward, DrivenForward):
+            self.forward.pools.to_host()
         self._stalled_before = self.device.stalls().get(WAIT_EXPERTS, 0.0)
         if mover is not None:
             mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
             for pool in (*mover.cache.pools, *mover.transport.pools):
                 pool.counters = Counters()
-        driven = isinstance(self.forward, DrivenForward)
-        if isinstance(self.forward, DrivenForward):
-            self.forward.experts.reset_counters()
         self._stats = Stats(
             device=self.device.name,
-            policy="lru" if driven else self.options.policy,
-            prefetch="none" if driven else self.options.prefetch,
+            policy=self.options.policy,
+            prefetch=self.options.prefetch,
             cache_slots=self.placement.slots,
             cache_bytes=self.placement.cache_bytes,
             experts=self.placement.experts,
@@ -257,12 +265,12 @@ class Engine:
         if c.is_moe:
             layout = expert_layout(self.file, self.views, c.block_count, c.expert_count)
             store = open_store(self.file, layout, o.store, o.direct_io)
+            wanted: Any = (self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight, o.host_cache)
             if o.decode == "device":
-                driven, reason = place_resident(self.device, store, c.expert_used_count, o.cache)
+                driven, reason = place_driven(*wanted)
+                self.mover = driven.mover
             else:
-                self.mover, reason = place_experts(
-                    self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight, o.host_cache
-                )
+                self.mover, reason = place_experts(*wanted)
             self._resources.append(store)
         self.placement = Placement.of(self.weights.nbytes, self.mover, reason)
         capacity = o.ctx_size or min(DEFAULT_CONTEXT, c.context_length)
@@ -270,8 +278,7 @@ class Engine:
         parts: Any = (self.device, c, self.weights, self.mover, PREFETCHERS[o.prefetch]())
         self.forward = Forward(*parts)
         if driven is not None:
-            self.placement = driven.placement(self.weights.nbytes, store.how, reason)
-            self.forward = DrivenForward(*parts, experts=driven)
+            self.forward = DrivenForward(*parts, pools=driven)
         self.reset_stats()
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -322,6 +329,8 @@ class Engine:
         self.device.recover()
         if self.mover is not None:
             self.mover.recover()
+        if isinstance(self.forward, DrivenForward):
+            self.forward.pools.recover()
 
 
 def _close_all(resources: list[Any]) -> None:

@@ -71,14 +71,14 @@ class Forward:
         """Logits [T, vocab] (or [1, vocab] of the last token) for tokens int64 [T] that follow ``kv.length``."""
         return self._fetched_logits(self._pass(self._begin(tokens, kv), last_only))
 
-    def _pass(self, run: Pass, last_only: bool) -> Any:
-        """All launches of a pass: logits [T or 1, vocab] in device memory."""
-        self._launch("embed", table=self.weights.token_embd, ids=run.ids, out=run.x)
-        if self.config.embedding_scale != 1.0:
-            self._launch("scale", x=run.x, factor=self.config.embedding_scale)
-        for layer, w in zip(self.config.layers, self.weights.layers, strict=True):
+    def _pass(self, run: Pass, last_only: bool, resumed_at: int = -1) -> Any:
+        """All launches of a pass: logits [T or 1, vocab] in device memory; or those from a layer's experts on."""
+        if resumed_at < 0:
+            self._embed(run)
+        for layer, w in list(zip(self.config.layers, self.weights.layers, strict=True))[max(0, resumed_at) :]:
             block = Block(run, layer, w)
-            self._mix(block)
+            if layer.index != resumed_at:
+                self._mix(block)
             if layer.is_moe:
                 self._moe(block)
             else:
@@ -86,6 +86,11 @@ class Forward:
             if "layer_output_scale" in w.scales:
                 self._launch("scale", x=run.x, factor=float(w.scales["layer_output_scale"][0]))
         return self._head(run, run.x[-1:] if last_only else run.x)
+
+    def _embed(self, run: Pass) -> None:
+        self._launch("embed", table=self.weights.token_embd, ids=run.ids, out=run.x)
+        if self.config.embedding_scale != 1.0:
+            self._launch("scale", x=run.x, factor=self.config.embedding_scale)
 
     def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
         """Room for the residual stream, and what depends on ids and positions alone, sent to the device."""

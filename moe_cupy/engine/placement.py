@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_cupy.cache import BudgetError, ExpertCache, Request, SizeClass, allot, parse_cache
+from moe_cupy.cache import BudgetError, ExpertCache, Geometry, Policy, Request, SizeClass, allot, parse_cache
 from moe_cupy.compiled import POLICIES
 from moe_cupy.device.base import Device, DeviceError
 from moe_cupy.device.memory import free_and_total
@@ -91,19 +92,21 @@ def open_store(file: GGUFFile, layout: Layout, repacked: str | None, direct_io: 
 
 
 def place_experts(
-    device: Device, store: ExpertStore, used: int, cache: str, policy: str, in_flight: int, host_cache: str = "auto"
-) -> tuple[ExpertMover, str]:
+    device: Device, store: ExpertStore, used: int, cache: str, policy: str, in_flight: int, host_cache: str = "auto",
+    *, make: Callable[[Geometry], Policy] | None = None,
+) -> tuple[ExpertMover, str]:  # fmt: skip
     """Allocate the slots; a token uses ``used`` experts of a layer. Closes the store if that fails.
 
     ``host_cache`` bounds the page-locked experts before a device with memory of its own. Raises BudgetError if a budget
-    cannot hold one token's experts, DeviceError if so much cannot be page-locked.
+    cannot hold one token's experts, DeviceError if so much cannot be page-locked. ``make`` makes the policy of
+    slots, where another object than the usual one decides by its rule.
     """
     layout = store.layout
     try:
         classes = size_classes(store)
         request, reason = cache_request(cache, classes, device.memory()[0])
         slots = allot(request, classes, used)
-        experts = ExpertCache(layout.expert_count, layout.class_of_layer, slots, POLICIES[policy])
+        experts = ExpertCache(layout.expert_count, layout.class_of_layer, slots, make or POLICIES[policy])
         transport: Transport = Direct(device, store, in_flight)
         if not device.is_unified:
             transport = TwoTiers(device, host_tier(device, store, used, host_cache, policy, in_flight))
