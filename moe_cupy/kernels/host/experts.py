@@ -84,7 +84,7 @@ def inner(state, layer, given, rows, experts, starts, middle):
             job[j.W] = experts[i, 1 + m]
             panel, at = (second if m else first), (0 if shared else starts[i])
             give(job, panel, at, results[m, starts[i] :].ctypes.data, starts[i + 1] - starts[i])
-    j.run(state, jobs)
+    j.run(state, jobs, (first, second, results))
 
 
 @njit
@@ -96,7 +96,7 @@ def outer(state, layer, middle, experts, starts, results):
         jobs[i] = layer[2]
         jobs[i, j.W] = experts[i, 3]
         give(jobs[i], panel, starts[i], results[starts[i] :].ctypes.data, starts[i + 1] - starts[i])
-    j.run(state, jobs)
+    j.run(state, jobs, panel)
 
 
 @njit(

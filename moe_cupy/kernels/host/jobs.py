@@ -157,8 +157,11 @@ def cut(jobs):
 
 
 @njit
-def run(state, jobs):
-    """Do all jobs [n, JOB], with whoever serves ``state`` if there are helpers. Returns when they are done."""
+def run(state, jobs, held):
+    """Do all jobs [n, JOB], with whoever serves ``state`` if there are helpers. Returns when they are done.
+
+    ``held`` are the arrays whose addresses the jobs have: an array is freed after its last use, which this is.
+    """
     pieces = cut(jobs)
     if state[HELPERS] == 0 or pieces < 2:
         for piece in range(pieces):

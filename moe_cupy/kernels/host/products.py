@@ -85,7 +85,7 @@ def multiply_rows(state, job, x, out):
         results[t] = out[t].ctypes.data
     round_rows(job[j.ROUNDING], x, job[j.COLS], np.arange(tokens), state[j.MOST], panel, 0)
     give(jobs[0], panel, 0, results.ctypes.data, tokens)
-    j.run(state, jobs)
+    j.run(state, jobs, (panel, results))
 
 
 @njit("void(i8[::1], i8[::1], f4[:, :, ::1], f4[:, :, ::1])", nogil=True, cache=True)
@@ -102,7 +102,7 @@ def multiply_heads(state, job, x, out):
         jobs[h] = job
         jobs[h, j.W] += h * job[j.ROWS] * job[j.ROW_BYTES]
         give(jobs[h], panel, h * tokens, results[h].ctypes.data, tokens)
-    j.run(state, jobs)
+    j.run(state, jobs, (panel, results))
 
 
 def multiply(crew: Crew, x: np.ndarray, w: Matrix, out: np.ndarray) -> None:
