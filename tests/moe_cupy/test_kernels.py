@@ -22,7 +22,8 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.samples import SCALES_AT, random_matrix
 from moe_cupy.kernels.table import OPS
 from moe_cupy.tools.check import check_ops, compare_logits, error_over_tolerance
-from moe_ref.quants import BY_NAME, dequantize
+from moe_ref.quants import BY_NAME
+from tests.arrays import weights
 
 ALONE = RowSplitter(1)
 
@@ -32,14 +33,6 @@ def device() -> Iterator[HostDevice]:
     opened = HostDevice(2)
     yield opened
     opened.close()
-
-
-def weights(w: Matrix) -> np.ndarray:
-    return dequantize(w.data, w.type, (w.rows, w.cols))
-
-
-def halves(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float16).astype(np.float32)
 
 
 def same_bits(got: np.ndarray, want: np.ndarray, context: str) -> None:
