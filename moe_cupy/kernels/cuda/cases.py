@@ -185,7 +185,8 @@ def grouped_case(rng: np.random.Generator, kind: str, block: int, q8: bool, vari
             vector, e = x[pair // used : pair // used + 1], ids[pair]
             factor = weight[pair].astype(np.float64) * scale[e]
             want[pair] = factor * (vector @ expand(matrices[slot]).T) + bias[e]
-            error[pair] = np.abs(factor) * gemm_error(vector, matrices[slot], q8) + 4 * U * (abs(want[pair]) + abs(bias[e]))
+            size = np.abs(want[pair]) + np.abs(bias[e])
+            error[pair] = np.abs(factor) * gemm_error(vector, matrices[slot], q8) + 4 * U * size
     sort = launches.group_by_expert(order, first, slot_of, block)
     table = Pointers([m.data for m in matrices])
     product = launches.gemm(
