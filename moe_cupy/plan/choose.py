@@ -57,25 +57,31 @@ def best_static(model: Model, machine: Machine, request: Request, curve: Curve |
     fullest = static_plan(model, machine, request, curve)
     if machine.gpu is None or request.is_manual or not request.fit:
         return fullest
-    found = [fullest]
-    for less in emptier(model, machine, fullest):
-        if use_of(model, less.placement, less.settings, GPU).total <= vram_budget(machine, request):
-            found.append(placed(model, machine, request, curve, less))
-    return min(found, key=lambda plan: plan.turn_s)
+
+    def quickest(found: Plan, candidates: Iterator[fitting.Fitted]) -> Plan:
+        budget = vram_budget(machine, request)
+        fit = (less for less in candidates if use_of(model, less.placement, less.settings, GPU).total <= budget)
+        return min([found, *(placed(model, machine, request, curve, less) for less in fit)], key=lambda p: p.turn_s)
+
+    best = quickest(fullest, emptier(model, machine, fullest))
+    if best is fullest or fullest.ngl <= 1 or best.ngl > model.layers:
+        return best
+    return quickest(best, fewer_layers(model, fullest, range(2, fullest.ngl)))
 
 
 def emptier(model: Model, machine: Machine, full: Plan) -> Iterator[fitting.Fitted]:
-    """Placements that leave more to the CPU; of experts only where it is quicker than the card, of layers always."""
-    assert machine.gpu is not None
-    if full.ngl <= model.layers:  # not even the dense part is all on the card
-        rules = cpu_moe() if full.n_cpu_moe else []
-        for ngl in range(1, full.ngl):
-            yield fitted(model, full.settings, ngl, rules, full.n_cpu_moe)
-    elif full.n_cpu_moe is not None and cpu_is_quicker(machine):
+    """Placements that leave more to the CPU: experts where it is quicker than the card, and all layers."""
+    if full.n_cpu_moe is not None and full.ngl > model.layers and cpu_is_quicker(machine):
         for sparse in range(full.n_cpu_moe + 1, model.layers + 1):
             yield fitted(model, full.settings, full.ngl, n_cpu_moe(sparse), sparse)
-    if full.ngl:
-        yield fitted(model, full.settings, 0, [], None)
+    yield from fewer_layers(model, full, range(min(2, full.ngl)))
+
+
+def fewer_layers(model: Model, full: Plan, counts: range) -> Iterator[fitting.Fitted]:
+    """The last layers on the card, their experts in host memory; 0: nothing, 1: the output alone."""
+    for ngl in counts:
+        sparse = model.layers if model.experts and ngl else None
+        yield fitted(model, full.settings, ngl, cpu_moe() if sparse else [], sparse)
 
 
 def cpu_is_quicker(machine: Machine) -> bool:

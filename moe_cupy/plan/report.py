@@ -120,7 +120,8 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
                       f"{still.prefill_tok_s:.1f}"]  # fmt: skip
     fits = that_fits(plan) if plan.too_full else plan
     if plan.too_full and fits:
-        lines += ["", f"a line that fits, at {fits.decode_tok_s:.1f} tok/s predicted, prompts {fits.prefill_tok_s:.1f}:"]
+        speeds = f"{fits.decode_tok_s:.1f} tok/s predicted, prompts {fits.prefill_tok_s:.1f}"
+        lines += ["", f"a line that fits, at {speeds}:"]
     lines += [f"\n{engine}:\n  {command(fits, engine, windows)}" for engine in engines if fits]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)
