@@ -119,6 +119,8 @@ def cmd_plan(args: argparse.Namespace) -> None:
         machine = replace(machine, cores=args.cores or said.threads or machine.cores)
         if said.model and not args.model and said.model.endswith(".gguf"):
             model = replace(model, file=said.model)
+        if said.used:
+            model = replace(model, expert_used_count=min(said.used, model.expert_count))
     curve = curve_from(args.routes, model) if args.routes else None
     try:
         plan = planned(model, machine, request, curve, "as given" if said else args.mode)

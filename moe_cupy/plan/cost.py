@@ -65,10 +65,10 @@ def gpu_terms(model: Model, machine: Machine, placement: Placement, settings: Se
 
 
 def kernel_count(model: Model, placement: Placement) -> tuple[int, int]:
-    """Kernels of all layers whose past is on the GPU, and the number of those layers."""
+    """Kernels of all layers on the GPU, and the number of those layers."""
     kinds: dict[str, int] = table("engines")["gpu"]["kernels"]
     moe = set(model.moe_layers)
-    layers = [i for i, at in enumerate(placement.pasts) if at == GPU]
+    layers = [i for i, at in enumerate(placement.homes) if at == GPU]
     return sum(kinds[model.pasts[i].mixer] + kinds["moe" if i in moe else "dense"] for i in layers), len(layers)
 
 
@@ -84,7 +84,8 @@ def cpu_terms(model: Model, machine: Machine, placement: Placement, settings: Se
     by_cpu = {t.layer for t in there if t.layer is not None}
     steps = len(by_cpu)
     terms.append(Term("threads meet", steps * e["step_us"] * 1e-6, f"{steps} layers x {e['step_us']} us"))
-    handed = sum(1 for layer in by_cpu if placement.pasts[layer] == GPU)
+    handed = sum(1 for layer in by_cpu if placement.homes[layer] == GPU)
+    handed += sum(h != p for h, p in zip(placement.homes, placement.pasts, strict=True))  # -nkvo: attention there too
     if handed:
         terms.append(
             Term("GPU to CPU and back", handed * e["split_us"] * 1e-6, f"{handed} layers x {e['split_us']} us")

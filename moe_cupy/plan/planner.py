@@ -49,6 +49,7 @@ class Request:
     engine: str = "llama.cpp"
     threshold: int = THRESHOLD
     pageable: bool = False  # host weights stay memory-mapped
+    kv_on_host: bool = False  # -nkvo
     overfull: bool = False  # plan flags that put too much on the card, and say so, instead of refusing
 
     @property
@@ -173,7 +174,7 @@ def manual_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     curve = curve or curve_of(model)
     settings, _ = settings_of(model, request)
     ngl = gpu_layers(request.ngl, model.layers)
-    placement = place(model, ngl, request.overrides)
+    placement = place(model, ngl, request.overrides, kv_on_host=request.kv_on_host)
     use = use_of(model, placement, settings, GPU)
     problem = too_full(model, machine, settings, placement, use)
     if problem and not request.overfull:
