@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -39,11 +39,17 @@ class Tensor:
     @property
     def part(self) -> str:
         """One of "routed", "shared", "embedding", "output", "dense"."""
-        if ROUTED.search(self.name):
-            return "routed" if len(self.shape) == 3 else "dense"
-        if SHARED.search(self.name):
-            return "shared"
-        return {"token_embd.weight": "embedding", "output.weight": "output"}.get(self.name, "dense")
+        return part_of(self.name, len(self.shape))
+
+
+@lru_cache(maxsize=1 << 16)
+def part_of(name: str, dimensions: int) -> str:
+    """What a tensor counts as, by its name."""
+    if ROUTED.search(name):
+        return "routed" if dimensions == 3 else "dense"
+    if SHARED.search(name):
+        return "shared"
+    return {"token_embd.weight": "embedding", "output.weight": "output"}.get(name, "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,7 @@ class Model:
     remarks: tuple[str, ...] = field(default=())
     file: str = ""  # what a command calls it, where that is known
 
-    @property
+    @cached_property
     def layers(self) -> int:
         return len(self.pasts)
 
