@@ -41,6 +41,7 @@ OPS: dict[str, Op] = {
     "activate": Op(reference.activate, ops.activate, cuda.activate),
     "sigmoid_gate": Op(reference.sigmoid_gate, ops.sigmoid_gate, cuda.sigmoid_gate),
     "rope": Op(reference.rope, ops.rope, cuda.rope),
+    "hadamard": Op(reference.hadamard, ops.hadamard, cuda.hadamard),
     "kv_store": Op(reference.kv_store, ops.kv_store, cuda.kv_store),
     "attention": Op(reference.attention, ops.attention, cuda.attention),
     "convolve": Op(reference.convolve, ops.convolve, cuda.convolve),

@@ -17,6 +17,7 @@ from moe_cupy.kernels.samples import U, normal, random_matrix, unset
 from moe_ref import deltanet
 from moe_ref.attention import attend, sigmoid, visible
 from moe_ref.experts import ACTIVATIONS
+from moe_ref.kv_types import rotated
 from moe_ref.norm import l2_norm, layer_norm, rms_norm
 from moe_ref.quants import quantize
 from moe_ref.rope import apply_rope, rope_tables
@@ -208,6 +209,10 @@ def cache_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     want[rows, 34 : 5 * 34] = quantize(x[:, :128], "Q8_0")
     launch = launches.kv_store(blocks, x, rows, column=32, width=128, block=block)
     yield Case("kv_store_q8_0", (launch,), (Output(blocks, want),))
+    for count in (64, 512):
+        turned = normal(rng, 3, 1024)
+        want, launch = rotated(turned, count), launches.hadamard(turned, count, block)
+        yield Case(f"hadamard {count}", (launch,), (Output(turned, want.astype(np.float64)),))
 
 
 def rope_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:

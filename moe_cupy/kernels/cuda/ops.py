@@ -173,6 +173,10 @@ def rope(work: Workspace, x: Any, cos: Any, sin: Any, style: str, first: int = 0
     yield to.rope(x, cos, sin, style, offset=first)
 
 
+def hadamard(work: Workspace, x: Any, count: int) -> Launches:
+    yield to.hadamard(x, count)
+
+
 def kv_store(work: Workspace, cache: Any, new: Any, position: int) -> Launches:
     yield to.kv_store(cache, new, work.positions(position, len(new)))
 
