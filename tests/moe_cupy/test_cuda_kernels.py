@@ -70,9 +70,7 @@ def test_all_formats_are_right_at_any_block_size_and_order_of_lanes(library, blo
 
 def test_every_kernel_stays_within_its_tolerance(library):
     worst = run_cases(64, 0, sources.FORMATS)
-    assert set(worst) | {"resolve", "fill"} == set(sources.kernels()), (
-        "a kernel without a case is not checked"
-    )
+    assert set(worst) | {"resolve", "fill"} == set(sources.kernels()), "a kernel without a case is not checked"
     for kernel, share in worst.items():
         exact = kernel in EXACT or kernel.startswith("embed")
         floor = 0.0 if exact else 1e-5 if kernel.startswith(CHAINS) else 0.001
