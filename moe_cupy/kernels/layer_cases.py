@@ -195,11 +195,19 @@ def combine_cases(rng: np.random.Generator) -> Iterator[Case]:
         yield Case("combine", f"5x4x24 weighted {weighted}, add {add}", buffers, ("out",), bounds)
 
 
+def top_k_cases(rng: np.random.Generator) -> Iterator[Case]:
+    """The largest, and several, of rows with ties; of one part and of several."""
+    for n, k in ((300, 1), (300, 40), (9000, 64), (40, 40)):
+        logits = np.round(normal(rng, 3, n) * 8) / np.float32(8)
+        buffers = {"logits": logits, "values": unset(3, k), "ids": np.full((3, k), -1, np.int32)}
+        yield Case("top_k", f"{k} of {n}", buffers, ("values", "ids"), lambda: {"values": 0.0, "ids": 0.0})
+
+
 def layer_cases(rng: np.random.Generator) -> Iterator[Case]:
     """Ops that read no matrix."""
     yield norm_case(rng, 96, True, False, False)
     yield norm_case(rng, 96, False, False, False)
     yield norm_case(rng, 40, True, True, False)
     yield norm_case(rng, 96, True, True, True)
-    for cases in (element_cases, rope_cases, attention_cases, delta_cases, route_cases, combine_cases):
+    for cases in (element_cases, rope_cases, attention_cases, delta_cases, route_cases, combine_cases, top_k_cases):
         yield from cases(rng)

@@ -169,3 +169,9 @@ def experts(
 def combine(parts: np.ndarray, weights: Any, out: np.ndarray, add: bool = True) -> None:
     total = parts.sum(axis=1, dtype=np.float64) if weights is None else np.einsum("tk,tkd->td", wide(weights), parts)
     out[...] = out + total if add else total
+
+
+def top_k(logits: Any, values: Any, ids: Any) -> None:
+    seen = np.where(np.isnan(logits), np.inf, logits)
+    ids[...] = np.argsort(-seen, axis=-1, kind="stable")[:, : ids.shape[1]]
+    values[...] = np.take_along_axis(seen, ids, -1)

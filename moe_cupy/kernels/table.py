@@ -49,5 +49,6 @@ OPS: dict[str, Op] = {
     "delta_rule": Op(reference.delta_rule, ops.delta_rule, cuda.delta_rule),
     "route": Op(reference.route, ops.route, cuda.route),
     "experts": Op(reference.experts, ops.experts, cuda_experts.experts),
+    "top_k": Op(reference.top_k, ops.top_k, cuda.top_k),
     "combine": Op(reference.combine, ops.combine, cuda.combine),
 }

@@ -43,9 +43,9 @@ def launched_by_the_engine(tmp_path: Path) -> set[str]:
         list(check_ops(device, ("Q8_0", "F16")))
         device.close()
         seen |= device.bases()
-    for options in ({"decode": "device"}, {"ubatch_size": 40}):
-        device = RecordingDevice()
-        with Engine(tiny_moe(tmp_path / "m.gguf", ODD), _device=device, **options) as engine:
+    for kind, options in (("f16", {"decode": "device"}), ("f32", {}), ("f16", {}), ("q8_0", {})):
+        device, types = RecordingDevice(), {"cache_type_k": kind, "cache_type_v": kind}
+        with Engine(tiny_moe(tmp_path / "m.gguf", ODD), _device=device, **types, **options) as engine:
             engine.logits(np.arange(40))
         seen |= device.bases()
     return seen

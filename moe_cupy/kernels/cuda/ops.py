@@ -226,6 +226,21 @@ def delta_rule(
     yield to.delta_recur(out, qkv, (fade, share), (before, after), key_heads, epsilon=epsilon, tiled=tiled)
 
 
+# Sampling
+
+
+def top_k(work: Workspace, logits: Any, values: Any, ids: Any) -> Launches:
+    (n_tokens, k), n = ids.shape, logits.shape[1]
+    if k == 1:
+        yield to.argmax(values, ids, logits)
+        return
+    parts = to.top_k_parts(n, k)
+    shape = n_tokens, parts, k
+    some, which = work.scratch("best values", *shape), work.scratch("best ids", *shape, dtype=np.int32)
+    yield to.top_k(some, which, logits)
+    yield to.top_k(values.reshape(n_tokens, 1, k), ids.reshape(n_tokens, 1, k), some, which)
+
+
 # Routed experts (and expert_ops.py)
 
 

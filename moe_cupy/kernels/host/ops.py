@@ -328,3 +328,13 @@ def _expert(split: Split, x: np.ndarray, three: Any, own: Any, activation: str) 
 def combine(split: Split, parts: np.ndarray, weights: Vector, out: np.ndarray, add: bool = True) -> None:
     """out += sum over rank of weights [T, k] * parts [T, k, D], always in rank order; or = if not ``add``."""
     layer.combine(parts, np.empty((len(parts), 0), np.float32) if weights is None else weights, add, out)
+
+
+def top_k(split: Split, logits: np.ndarray, values: np.ndarray, ids: np.ndarray) -> None:
+    """The k largest of logits [T, n], best first, ties to the lower id: values and ids int32 [T, k].
+
+    A NaN counts as infinity, so that whoever looks at the values sees it.
+    """
+    seen = np.where(np.isnan(logits), np.float32(np.inf), logits)
+    ids[...] = np.argsort(-seen, axis=-1, kind="stable")[:, : ids.shape[1]]
+    values[...] = np.take_along_axis(seen, ids, -1)
