@@ -6,9 +6,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from moe_cupy.cache import Counters
 from moe_cupy.compiled import POLICIES
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
+from moe_cupy.engine.choosing import Offer, deciding
 from moe_cupy.engine.driven import DrivenForward, place_resident
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
@@ -143,18 +145,19 @@ class Engine:
             raise ValueError("the prompt has no tokens: there is nothing to continue")
         if stop is None:
             stop = self.tokenizer.eog_ids if isinstance(prompt, str) else ()
-        pick = (sampler or Sampler()).sample
+        sampler = sampler or Sampler()
         self.reset()
-        mine, count = self._sequences, 0
-        logits = self.prefill(ids)
-        while count != max_tokens and (token := int(pick(logits))) not in stop:
+        mine, count, fed = self._sequences, 0, self._checked(ids)
+        for i in range(0, len(fed), self._step):
+            offer = self._offer(fed[i : i + self._step], sampler, is_prompt=True)
+        while count != max_tokens and (token := offer.taken(sampler)) not in stop:
             yield token
             count += 1
             if count == max_tokens or self.kv.length == self.kv.capacity:
                 return
             if self._sequences != mine:
                 raise EngineError("another sequence was begun on this engine: it holds one at a time")
-            logits = self.decode(token)
+            offer = self._offer(self._checked([token]), sampler, is_prompt=False)
 
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s."""
@@ -282,12 +285,19 @@ class Engine:
             )
         return ids
 
-    def _timed(self, ids: np.ndarray, last_only: bool, is_prompt: bool) -> np.ndarray:
+    def _offer(self, ids: np.ndarray, sampler: Sampler, is_prompt: bool) -> Offer:
+        """Feed ``ids`` [T], at most ``_step``; a device with memory of its own finds the logits that count."""
+        count = 0 if self.device.is_unified else deciding(sampler, self.config.vocab_size)
+        if not count:
+            return Offer(self._timed(ids, True, is_prompt)[-1])
+        return self._timed(ids, True, is_prompt, partial(self.forward.largest, count=count))
+
+    def _timed(self, ids: np.ndarray, last_only: bool, is_prompt: bool, run: Callable[..., Any] | None = None) -> Any:
         """One pass; on any failure the pipeline is emptied first, so that the engine stays usable."""
         with self._used_alone():
             start = time.perf_counter()
             try:
-                logits = self.forward(ids, self.kv, last_only)
+                logits = run(ids, self.kv) if run else self.forward(ids, self.kv, last_only)
             except BaseException:
                 self._recover()
                 raise

@@ -125,6 +125,7 @@ def as_record(engine: Engine, result: Result, warm: bool) -> dict[str, Any]:
         "n_threads": getattr(engine.device, "threads", 1),
         "type_k": o.cache_type_k,
         "type_v": o.cache_type_v,
+        "kv_cache_bytes": engine.kv.nbytes,
         "n_gpu_layers": 0,
         "n_prompt": result.test.n_prompt,
         "n_gen": result.test.n_gen,
