@@ -135,7 +135,7 @@ def static_plan(model: Model, machine: Machine, request: Request, curve: Curve |
         if request.is_manual:
             warnings.append("there is no GPU here: -ngl and overrides place nothing")
     elif request.is_manual or not request.fit:
-        ngl, sparse = gpu_layers(request.ngl, model.layers), None
+        ngl, sparse = gpu_layers(request.ngl, model.layers, model.layers_behind), None
         placement = place(model, ngl, request.overrides)
         use = use_of(model, placement, settings, GPU)
         steps = ("placed by the flags given; --fit is off",) if request.is_manual else ("placed with --fit off",)
