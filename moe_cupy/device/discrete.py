@@ -59,6 +59,11 @@ class DeviceWorkspace:
         """How the device takes activations."""
         return self._device.act
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The device's compute capability."""
+        return self._device.capability
+
     def rounding(self, x: Any) -> tuple[Any, bool]:
         """Room for the Q8 blocks of x, uint8 [..., cols / 32, 40], and whether they are there since x was written."""
         if self._rounded is not None and self._rounded[0] is x:
@@ -107,6 +112,7 @@ class DiscreteDevice(ABC):
 
     is_unified = False
     formats = FORMATS
+    capability: tuple[int, int]  # of the GPU, major and minor: decides which kernels are launched
     _arena: np.ndarray  # page-locked by the subclass when it begins
 
     def __init__(self, act: str) -> None:

@@ -51,18 +51,22 @@ def gemv_naive(out: Any, w: Matrix, x: Any, block: int = 128) -> Launch:
 
 
 def gemm(
-    out: Any, weights: Any, like: Matrix, x: Any, order: Any = None, first: Any = None, *, bias: Any = None,
-    per_row: int = 1, most: int = 0, add: bool = False, variant: str = "",
+    out: Any, weights: Any, like: Matrix, x: Any, order: Any = None, first: Any = None, *, ids: Any = None,
+    weight: Any = None, scale: Any = None, bias: Any = None, per_row: int = 1, most: int = 0, add: bool = False,
+    variant: str = "",
 ) -> Launch:  # fmt: skip
-    """out [pairs, rows] (+)= x W_slot^T + bias; ``like`` gives type and shape, ``most`` bounds the pairs of a slot.
+    """out [pairs, rows] (+)= weight scale x W_slot^T + bias; ``like`` gives type and shape.
 
     weights: Pointers, or uint64 [slots] in device memory. x [pairs / per_row, cols] (activations as they are) or Q8
-    blocks, for which there are two variants, "pipelined" and "mma" (tensor cores), of a few formats. order and first:
-    see ``group_by_expert``.
+    blocks, for which there are two variants, "mma" (tensor cores) and, of a few formats, "pipelined". order and first:
+    see ``group_by_expert``; ``most`` bounds the pairs of a slot. ids int32 and weight [pairs], scale [E], bias
+    [E, rows]: all pairs are expert 0 without ids.
     """
     slots = len(weights.arrays) if isinstance(weights, Pointers) else len(weights)
     pairs, grid = len(out), (ceil_div(like.rows, 64), ceil_div(most or len(out), 32), slots)
-    args = (out, weights, x, order, first, bias, pairs, like.rows, like.cols, per_row, int(add))
+    args = (
+        out, weights, x, order, first, ids, weight, scale, bias, pairs, like.rows, like.cols, per_row, int(add),
+    )  # fmt: skip
     tile = 4 * (8 * (72 + 40) + 4 * 64 + 2 * 32) if is_q8(x) else 4 * 32 * (64 + 32)  # bytes
     name = "gemm" + (f"_{variant}" if variant else "" if is_q8(x) else "_float")
     return Launch(f"{name}_{like.type}", grid, 128, args, tile * (1 + (variant == "pipelined")))
