@@ -22,7 +22,7 @@ from moe_cupy.engine.experts import ExpertMover
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.placement import Placement, open_stores, place_movers
-from moe_cupy.engine.split import second_device, split_model
+from moe_cupy.engine.split import second_device, split_model, without_effect
 from moe_cupy.engine.stats import Stats
 from moe_cupy.engine.two_devices import TwoDevices
 from moe_cupy.engine.weights import check_formats, load_dense
@@ -106,9 +106,7 @@ class Engine:
         self.config = load_config(self.file.metadata, vocab_rows(self.file))
         self.views = check_tensors(self.config, self.file)
         self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads, o.act)
-        if o.host_cache != "auto" and self.device.is_unified:
-            why = f"the {self.device.name} device has one memory"
-            self.device_reason += f"; {why}: --host-cache {o.host_cache} has no effect"
+        self.device_reason += without_effect(o, self.device)
         self._tokenizer: Tokenizer | None = None
         self._in_use, self._sequences = threading.Lock(), 0  # _sequences: begun so far
         self._resources: list[Any] = [self.device, self.file]
@@ -270,7 +268,7 @@ class Engine:
         self.weights = w = load_dense(split, self.file, c, self.views, o.progress)
         self.movers: dict[str, ExpertMover] = {}
         layout, driven = expert_layout(self.file, self.views, c.block_count, c.expert_count), None
-        stores = open_stores(split, self.file, layout, o, self._resources)
+        self.stores = stores = open_stores(split, self.file, layout, o, self._resources)
         if o.decode == "device" and stores:
             driven, reason = place_resident(self.device, stores[split.main], c.expert_used_count, o.cache)
         else:

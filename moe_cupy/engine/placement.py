@@ -103,26 +103,27 @@ class CpuPart:
     def lines(self) -> list[str]:
         """As a person reads it."""
         mib = 1 / 2**20
-        whole = f"computes layers {ranges(self.homes)} and" if self.homes else "computes"
+        whole = f"computes {ranges(self.homes)} and" if self.homes else "computes"
         lines = [f"in RAM       {self.dense_bytes * mib:9.1f} MiB  of the dense part, with the embedding"]
         if self.experts:
             share = f"{self.slots} slots = {100 * self.slots / self.experts:.0f}% in RAM"
             lines.append(f"CPU experts  {self.routed_bytes * mib:9.1f} MiB  {whole} the {self.experts} experts of "
-                         f"layers {ranges(self.layers)}; {share}")  # fmt: skip
+                         f"{ranges(self.layers)}; {share}")  # fmt: skip
         elif self.homes:
-            lines.append(f"CPU          {'':9}      computes layers {ranges(self.homes)}")
+            lines.append(f"CPU          {'':9}      computes {ranges(self.homes)}")
         return lines
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 -> "0-2, 5"."""
+    """Layers 0, 1, 2, 5 -> "layers 0-2, 5"."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
             runs[-1].append(n)
         else:
             runs.append([n])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    said = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' * (len(numbers) > 1)} {said}"
 
 
 def size_classes(store: ExpertStore) -> list[SizeClass]:
@@ -203,8 +204,9 @@ def place_movers(
     ``used`` is the experts of one token in a layer, ``options`` those of the engine.
     """
     o, movers, reason = options, {}, ""
-    in_ram = host_slots(list(stores.values()), used, o.host_cache) if GPU in split.devices else [[]]
-    for (at, store), slots in zip(stores.items(), in_ram, strict=bool(stores)):
+    divided = GPU in split.devices and stores
+    in_ram = host_slots(list(stores.values()), used, o.host_cache) if divided else [[]] * len(stores)
+    for (at, store), slots in zip(stores.items(), in_ram, strict=True):
         device = split.devices[at]
         if at == CPU and split.is_divided:
             movers[at] = mover_of(device, store, slots, o.policy, Direct(device, store, o.reads_in_flight))

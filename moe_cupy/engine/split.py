@@ -110,3 +110,14 @@ def second_device(options: Any) -> Device:
         raise PlanError("--decode device runs whole tokens on the GPU, but -ngl, -ot, --cpu-moe or --n-cpu-moe keep a "
                         "part of the model on the CPU; use --decode host, or leave those out")  # fmt: skip
     return HostDevice(options.threads, options.act)
+
+
+def without_effect(options: Any, device: Device) -> str:
+    """What of the flags does nothing on a device whose memory is the host's, as the end of a sentence."""
+    flags = [f"--host-cache {options.host_cache}"] if options.host_cache != "auto" else []
+    flags += [f"-ngl {options.n_gpu_layers}"] if options.n_gpu_layers not in (None, "auto") else []
+    flags += dict.fromkeys(getattr(rule, "flag", "-ot") for rule in options.overrides or ())
+    if not flags or not device.is_unified:
+        return ""
+    verb = "has" if len(flags) == 1 else "have"
+    return f"; the {device.name} device has one memory: {', '.join(flags)} {verb} no effect"
