@@ -13,11 +13,10 @@ Where page-locked memory does not hold all experts, a layer that lacks one lets 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from moe_cupy.cache import BudgetError
 from moe_cupy.cache.tabled import RULES, Tabled
 from moe_cupy.compiled import POLICIES
 from moe_cupy.device.base import DeviceError
@@ -25,13 +24,11 @@ from moe_cupy.engine import networks
 from moe_cupy.engine.block import Block, Pass
 from moe_cupy.engine.forward import Forward
 from moe_cupy.engine.handover import DevicePools
-from moe_cupy.engine.placement import place_experts
+from moe_cupy.engine.placement import host_slots, place_experts
 from moe_cupy.kernels.cuda import launches as to
 from moe_cupy.kernels.cuda.expert_ops import resident_experts
 from moe_cupy.store import ExpertStore, Packed
 
-DECIDERS = (*RULES, "echo")  # policies that kernels know
-PREFETCHERS = ("none", "next-gate")  # that a graph can hold
 BRANCH = "ahead"  # the stream that fetches for the next layer
 
 
@@ -52,25 +49,24 @@ class DrivenForward(Forward):
         self._seen: set[int] = set()
         self._graphs: dict[int, tuple[Any, Any]] = {}  # parity -> graph, logits
 
-    def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
-        """Logits [T, vocab] (or [1, vocab] of the last token)."""
+    def _launched(self, tokens: np.ndarray, kv: Any, last_only: bool) -> Any:
         self._work.position, self._on_the_way = None, False
         if len(tokens) > 1:
             self.pools.to_host()
-            return super().__call__(tokens, kv, last_only)
+            return super()._launched(tokens, kv, last_only)
         self.pools.to_device()
         self._work.position = self._position
         run = self._begin(tokens, kv)
         self.device.put(self._position, np.array([kv.length], np.int32), self.stream)
         self.pools.begin_token()
-        logits = self._fetched_logits(self._launched(run, kv, last_only))
+        logits = self._token(run, kv, last_only)
         while (layer := self.pools.halted_at()) is not None:
             self.pools.read_missing(layer)
             self._launch("columns", x=self._kept[layer], first=0, out=run.x, at=0, count=run.x.shape[-1])
-            logits = self._fetched_logits(self._pass(run, last_only, layer))
+            logits = self._pass(run, last_only, layer)
         return logits
 
-    def _launched(self, run: Pass, kv: Any, last_only: bool) -> Any:
+    def _token(self, run: Pass, kv: Any, last_only: bool) -> Any:
         """All launches of a token: logits in device memory."""
         if kv.length == 0 or kv.parity not in self._seen:
             self._seen |= {kv.parity} if kv.length else set()
@@ -81,11 +77,6 @@ class DrivenForward(Forward):
         graph, logits = self._graphs[kv.parity]
         self.device.replay(graph, self.stream)
         return logits
-
-    def _fetched_logits(self, logits: Any) -> np.ndarray:
-        if self._work.position is not None:
-            self.pools.fetch_halt()
-        return super()._fetched_logits(logits)
 
     def _moe(self, block: Block) -> None:
         if self._work.position is None:
@@ -146,21 +137,15 @@ class DrivenForward(Forward):
         self._launch("columns", x=block.run.x, first=0, out=self._kept[layer], at=0, count=width)
 
 
-def place_driven(
-    device: Any, store: ExpertStore, used: int, cache: str, policy: str, in_flight: int, host_cache: str
-) -> tuple[DevicePools, str]:
-    """Page-locked memory and slots, both in the form that kernels know. Closes the store if that fails.
+def place_driven(device: Any, store: ExpertStore, used: int, options: Any) -> tuple[DevicePools, str]:
+    """Page-locked memory and slots, both in the form that kernels know; ``options`` are those of the engine.
 
     Raises BudgetError if a budget cannot hold one token's experts, DeviceError where a device cannot drive.
     """
     if device.is_unified:
-        store.close()
         raise DeviceError(f"--decode device: the {device.name} device has no memory of its own; use --decode host")
-    packed: Any = Packed(store)
-    make = partial(Tabled, rule=policy) if policy in RULES else POLICIES[policy]
-    mover, reason = place_experts(device, packed, used, cache, policy, in_flight, host_cache, make=make)
-    try:
-        return DevicePools(device, packed, mover, used), reason
-    except (BudgetError, MemoryError, DeviceError):
-        store.close()
-        raise
+    o, packed = options, cast(Any, Packed(store))
+    make = partial(Tabled, rule=o.policy) if o.policy in RULES else POLICIES[o.policy]
+    [in_ram] = host_slots([packed], used, o.host_cache)
+    mover, reason = place_experts(device, packed, used, o.cache, o.policy, o.reads_in_flight, in_ram, make=make)
+    return DevicePools(device, packed, mover, used), reason

@@ -131,17 +131,13 @@ class DevicePools:
             for array in (self.halt.halt, self.halt.log):
                 self.device.put(array, np.zeros(array.shape, np.int32), self.stream)
 
-    def fetch_halt(self) -> None:
-        """Have what the token says of itself when the stream is here."""
-        if self.may_halt:
-            arrays = ("halt", self.halt.halt), ("log", self.halt.log)
-            self._told = tuple(self.device.fetch(name, array, self.stream) for name, array in arrays)
-
     def halted_at(self) -> int | None:
-        """The layer that lacked an expert, with the device idle; tells the tier what was loaded before."""
+        """The layer that lacked an expert, if there may be one; waits, and tells the tier what was loaded before."""
         if not self.may_halt:
             return None
-        halt, log = self._told
+        arrays = ("halt", self.halt.halt), ("log", self.halt.log)
+        self._told = halt, log = tuple(self.device.fetch(name, array, self.stream) for name, array in arrays)
+        self.stream.record().synchronize()
         for key in log[1 : 1 + log[0]].tolist():
             self.tier.find(key, DEMAND)
         return int(halt[0]) - 1 if halt[0] else None

@@ -20,7 +20,7 @@ from moe_cupy.device.base import DeviceError
 from moe_cupy.device.cuda import CudaDevice
 from moe_cupy.device.emulated import EmulatedDevice
 from moe_cupy.engine import Engine
-from moe_cupy.engine.driven import DECIDERS
+from moe_cupy.engine.options import DECIDERS
 from moe_cupy.lab.record import Recorder
 from moe_cupy.lab.replay import replay
 from moe_ref.attention import softmax

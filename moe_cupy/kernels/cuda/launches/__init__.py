@@ -13,6 +13,7 @@ from moe_cupy.kernels.cuda.launches.attention import (
     attention_combine,
     attention_decode,
     attention_prefill,
+    hadamard,
     kv_store,
     prefill_tile,
     rope,
@@ -75,7 +76,7 @@ __all__ = [
     "top_k_parts",
     "router", "Slots", "expert_gate_up", "expert_down", "Residency", "Halt", "NO_HALT", "STATE", "BY_KEY", "resolve",
     "resolve_ahead", "fill",
-    "Sight", "CacheRows", "rope", "kv_store", "attention_decode", "attention_combine", "attention_prefill",
+    "Sight", "CacheRows", "rope", "hadamard", "kv_store", "attention_decode", "attention_combine", "attention_prefill",
     "prefill_tile",
     "add_scaled", "multiply", "activate", "softcap", "clamp", "combine", "delta_convolve", "delta_gates", "delta_recur",
 ]  # fmt: skip
