@@ -66,20 +66,24 @@ class Array:
         return Array((), _numpy=part)
 
 
+VERSIONS = {13: "13.6.0", 14: "14.2.0"}  # that were looked at; what is used of them differs in ``is_available``
+
+
 class Cupy:
     """The module. ``pinned_limit`` is how much may be page-locked, ``driver`` its version (0: none)."""
 
-    __version__ = "0.fake"
     ndarray = Array
 
-    def __init__(self, pinned_limit: int = 1 << 40, driver: int = 12090, gpu: bool = True, free: int = TOTAL):
+    def __init__(self, pinned_limit: int = 1 << 40, driver: int = 12090, gpu: bool = True, free: int = TOTAL,
+                 version: int = 14):  # fmt: skip
         self.log: list[tuple[str, str, Any]] = []
         self.pinned: dict[int, np.ndarray] = {}
         self.limit, self.free = pinned_limit, free
+        self.__version__, self._version, self._driver, self._gpu = VERSIONS[version], version, driver, gpu
         self._by_pointer: dict[int, Stream] = {}
         self.current = threading.local()
         self.cuda = SimpleNamespace(
-            is_available=lambda: gpu and driver > 0, alloc=self._alloc, get_elapsed_time=elapsed,
+            is_available=self._is_available, alloc=self._alloc, get_elapsed_time=elapsed,
             Device=lambda: SimpleNamespace(compute_capability="120"),
             Stream=self._stream, Event=lambda **options: Event(self, **options),
             compiler=SimpleNamespace(CompileException=CompileException),
@@ -89,6 +93,12 @@ class Cupy:
                 memGetInfo=lambda: (self.free, TOTAL),
             ),
         )  # fmt: skip
+
+    def _is_available(self) -> bool:
+        """14 catches whatever goes wrong; 13 only that there is no GPU, not that there is no driver."""
+        if self._driver == 0 and self._version == 13:
+            raise CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime")
+        return self._gpu and self._driver > 0
 
     def note(self, call: str, detail: Any = None) -> None:
         self.log.append((call, threading.current_thread().name, detail))

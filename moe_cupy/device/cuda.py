@@ -29,8 +29,9 @@ OPTIONS = ("--std=c++17",)
 
 def missing(cupy: Any) -> str:
     """What stands between an imported CuPy and a GPU, or nothing."""
-    if cupy.cuda.is_available():  # never getDeviceCount: it raises where there is no driver
-        return ""
+    with suppress(cupy.cuda.runtime.CUDARuntimeError):  # of CuPy 13, where there is no driver
+        if cupy.cuda.is_available():
+            return ""
     version = cupy.cuda.runtime.driverGetVersion()
     if version == 0:
         return f"CuPy {cupy.__version__} is here, but there is no NVIDIA driver on this machine: install one"

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.cache import POLICIES, BudgetError, ExpertCache
+from moe_cupy.cache import POLICIES, BudgetError, ExpertCache, Geometry
 from moe_cupy.cache.ranked import POWERS
 from moe_cupy.cache.tabled import RULES
+from moe_cupy.compiled.echo import CompiledEcho
+from moe_cupy.engine.echo_memory import parts as echo_parts
 from moe_cupy.kernels.cuda import launches, sources
 from moe_cupy.kernels.cuda.check import all_cases
 from moe_cupy.kernels.cuda.launches import BY_KEY, STATE, Pointers, Residency
@@ -27,7 +29,8 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
 CASE_BLOCKS = (128, 256)
 TOLERANCE = 1e-3  # times max(1, std of the logits), as for the reference against llama.cpp
-EVENTS, POOL = 40, 9  # of the check of the pools on the device
+EVENTS, POOL = 60, 9  # of the check of the pools on the device
+GEOMETRY = Geometry(POOL, 3, 12)
 WAYS = ("host", "device")  # who drives the decoding, in the route-replay section
 
 
@@ -53,20 +56,25 @@ def kernels(bench: Workbench) -> Iterator[Row]:
 
 def pool_rows(bench: Workbench) -> Iterator[Row]:
     """resolve, resolve_ahead and fill against the caches of moe_cupy/cache, event by event: slots, loads and bytes."""
-    for name, rule in RULES.items():
-        wrong = wrong_events(bench, name, rule.number)
-        label = f"{EVENTS} events of a pool of {POOL} under {name}"
-        names = ["fill", "resolve", "resolve_ahead"]
+    for name in (*RULES, "echo"):
+        wrong, label = wrong_events(bench, name), f"{EVENTS} events of a pool of {POOL} under {name}"
+        kind = "resolve_echo" if name == "echo" else "resolve"
+        names = ["fill", kind, f"{kind}_ahead"]
         yield {"name": label, "kernels": names, "share": float(wrong), "ok": not wrong}
 
 
-def wrong_events(bench: Workbench, policy: str, number: int) -> int:
-    """How many of some events of 4 of 12 experts in 3 layers, with 4 fetched ahead, are not as the cache says."""
-    rng = np.random.default_rng(7)
-    cache = ExpertCache(12, (0, 0, 0), (POOL,), POLICIES[policy])
+def empty_pool(policy: str) -> Residency:
+    """A pool on the device as it begins."""
     by_key, state = np.zeros((36, len(BY_KEY)), np.int64), np.zeros(len(STATE), np.int64)
     by_key[:, 0], state[2] = -1, -1
-    r = Residency(state, by_key, np.full(POOL, -1, np.int32), np.array(POWERS, np.int64), number)
+    number, echo = (0, echo_parts(CompiledEcho(GEOMETRY))) if policy == "echo" else (RULES[policy].number, None)
+    return Residency(state, by_key, np.full(POOL, -1, np.int32), np.array(POWERS, np.int64), number, echo)
+
+
+def wrong_events(bench: Workbench, policy: str) -> int:
+    """How many of some events of 4 of 12 experts in 3 layers, with 4 fetched ahead, are not as the cache says."""
+    rng, r = np.random.default_rng(7), empty_pool(policy)
+    cache = ExpertCache(12, (0, 0, 0), (POOL,), POLICIES[policy])
     experts = [rng.integers(0, 256, 80, dtype=np.uint8) for _ in range(36)]
     held = [np.zeros(80, np.uint8) for _ in range(POOL)]
     wrong = 0

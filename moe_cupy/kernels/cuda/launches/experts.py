@@ -86,7 +86,7 @@ class Residency:
     key_of: Any  # int32 [n_slots]
     powers: Any  # int64 [HALF_LIFE]
     rule: int
-    echo: tuple[Any, Any, Any, Any] | None = None
+    echo: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
