@@ -55,6 +55,7 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
     add("--reads", dest="reads_in_flight", type=number(1, 256), default=4, help="expert reads in flight (default 4)")
     add_placement(parser)
+    add("-v", "--verbose", action="store_true", help="list every tensor with its place and why")
 
 
 def open_engine(args: argparse.Namespace) -> Any:
@@ -70,6 +71,10 @@ def open_engine(args: argparse.Namespace) -> Any:
     options = {name: value for name, value in vars(args).items() if name in names}
     engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
     note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
+    if args.verbose:
+        from moe_cupy.tools.report import tensor_lines
+
+        note("\n".join(tensor_lines(engine)))
     if engine.kv.capacity > engine.config.context_length:
         note(f"-c {engine.kv.capacity}: this model was made for {engine.config.context_length} tokens; "
              "what it writes beyond them is not to be trusted")  # fmt: skip

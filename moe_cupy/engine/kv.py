@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,25 +21,32 @@ Shape = tuple[int, ...]
 class DeviceKV:
     """``length`` tokens seen of at most ``capacity``. Raises ValueError for types that cannot be, or too little memory.
 
+    ``homes`` are the devices of the layers, each of which keeps its layers' part.
     Keys and values of a token are written where they stay; until ``advance`` counts it, a pass can be run again.
     A recurrent layer has one state, so it has it twice: a pass reads one and writes the other, ``advance`` exchanges
     them. An empty sequence reads zeros instead, so ``reset`` touches no memory.
     """
 
-    def __init__(self, device: Device, c: ModelConfig, capacity: int, type_k: str, type_v: str):
+    def __init__(self, homes: Sequence[Device], c: ModelConfig, capacity: int, type_k: str, type_v: str):
         self.length, self.capacity, self.types = 0, capacity, (type_k, type_v)
-        _check_types(device, c, type_k, type_v)
+        types = self.types
+        for device in {id(device): device for device in homes}.values():
+            _check_types(device, c, type_k, type_v)
         kept = [_kept_shapes(c, layer, capacity) for layer in c.layers]
-        per_context = sum(_bytes(s, kind) for shapes in kept for s, kind in zip(shapes, (type_k, type_v), strict=False))
+        per_context = [sum(_bytes(s, kind) for s, kind in zip(shapes, types, strict=False)) for shapes in kept]
         states = [_state_shapes(c) if layer.mixer == "delta" else () for layer in c.layers]
-        fixed = 3 * sum(4 * math.prod(shape) for shapes in states for shape in shapes)
-        self.nbytes = per_context + fixed
-        self._check(device.memory()[0] - fixed, per_context)
+        fixed = [3 * sum(4 * math.prod(shape) for shape in shapes) for shapes in states]
+        self.nbytes = sum(per_context) + sum(fixed)
+        for device in {id(device): device for device in homes}.values():
+            mine = [i for i, home in enumerate(homes) if home is device]
+            self._check(device.memory()[0] - sum(fixed[i] for i in mine), sum(per_context[i] for i in mine))
         self._layers = [
-            tuple(_array(device, s, kind) for s, kind in zip(shapes, (type_k, type_v), strict=False)) for shapes in kept
+            tuple(_array(device, s, kind) for s, kind in zip(shapes, types, strict=False))
+            for device, shapes in zip(homes, kept, strict=True)
         ]
         self._states = [
-            tuple(tuple(_array(device, shape, "f32") for shape in shapes) for _ in range(3)) for shapes in states
+            tuple(tuple(_array(device, shape, "f32") for shape in shapes) for _ in range(3))
+            for device, shapes in zip(homes, states, strict=True)
         ]
         self._current = 0
         rank = c.mla.kv_lora_rank if c.mla is not None else 0

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -39,11 +39,17 @@ class Tensor:
     @property
     def part(self) -> str:
         """One of "routed", "shared", "embedding", "output", "dense"."""
-        if ROUTED.search(self.name):
-            return "routed" if len(self.shape) == 3 else "dense"
-        if SHARED.search(self.name):
-            return "shared"
-        return {"token_embd.weight": "embedding", "output.weight": "output"}.get(self.name, "dense")
+        return part_of(self.name, len(self.shape))
+
+
+@lru_cache(maxsize=1 << 16)
+def part_of(name: str, dimensions: int) -> str:
+    """What a tensor counts as, by its name."""
+    if ROUTED.search(name):
+        return "routed" if dimensions == 3 else "dense"
+    if SHARED.search(name):
+        return "shared"
+    return {"token_embd.weight": "embedding", "output.weight": "output"}.get(name, "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +80,9 @@ class Model:
     source: str = ""
     remarks: tuple[str, ...] = field(default=())
     file: str = ""  # what a command calls it, where that is known
+    layers_behind: int = 0  # of the file, behind the trunk (nextn): not run, but counted by -ngl
 
-    @property
+    @cached_property
     def layers(self) -> int:
         return len(self.pasts)
 
@@ -254,7 +261,7 @@ def from_file(file: Any) -> Model:
         return _by_keys(file, arch, common, f"read by its keys alone: {error}")
     kept = tuple(t for t in tensors if (t.layer or 0) < c.block_count)
     model = Model(pasts=pasts_of(c), context_length=c.context_length, expert_count=c.expert_count,
-                  expert_used_count=c.expert_used_count, **common)  # fmt: skip
+                  expert_used_count=c.expert_used_count, layers_behind=c.nextn_predict_layers, **common)  # fmt: skip
     return replace(model, tensors=kept)
 
 
