@@ -20,7 +20,7 @@ from moe_cupy.plan.memory import KV_TYPES, MIB
 from moe_cupy.plan.names import model_named, spelled
 from moe_cupy.plan.planner import Plan, Request, cached_plan, static_plan
 from moe_cupy.plan.report import as_json, no_plan, tensor_lines, text
-from moe_cupy.plan.rules import CPU, GPU, Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides, place
+from moe_cupy.plan.rules import Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides
 from moe_cupy.plan.shapes import Model, from_file, preset
 from moe_cupy.plan.tables import DoesNotFit, table
 from moe_ref.command import add_model, note, number, print_json, read_text
@@ -266,7 +266,7 @@ def curve_from(path: str, model: Model) -> Curve:
 
 
 def placement_lines(args: argparse.Namespace) -> list[str]:
-    """What llama.cpp's placement flags mean for ``run`` and its like, by the planner's own rules; [] without any.
+    """What llama.cpp's placement flags find in a model that is about to be run; [] without any.
 
     Raises PlanError for flags that contradict each other, before a model is loaded.
     """
@@ -274,17 +274,10 @@ def placement_lines(args: argparse.Namespace) -> list[str]:
         return []
     check_flags(args)
     model = model_called(args.model, None)
-    on_host = args.device in ("auto", "host")
-    placement = place(model, gpu_layers(args.n_gpu_layers, model.layers), args.overrides, None if on_host else GPU)
+    gpu_layers(args.n_gpu_layers, model.layers)
     lines = ["placement flags given by hand: --fit is off"] if args.fit == "on" else []
     for rule in args.overrides[:: max(1, len(args.overrides) - 1)]:  # the first and the last say enough
         found = [t for t in model.tensors if rule.found_in(t.name)]
         lines.append(f"{rule.flag} {rule.pattern}={rule.device}: {len(found)} tensors, "
                      f"{size_text(sum(t.nbytes for t in found))}")  # fmt: skip
-    if on_host:
-        return [*lines, "the host device computes everything in host memory: these flags move nothing there"]
-    away = placement.on(CPU, (t for t in model.tensors if t.part != "embedding"))
-    kept = sorted({t.layer for t in away if t.layer is not None})
-    there = f"{len(away)} tensors of {len(kept)} layers ({size_text(sum(t.nbytes for t in away))})"
-    return [*lines, f"the flags keep {there} in host memory; the {args.device} device still computes all layers itself "
-                    "and holds experts by --cache, so they move nothing yet"]  # fmt: skip
+    return lines

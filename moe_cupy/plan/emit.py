@@ -35,7 +35,8 @@ def command(plan: Plan, engine: str, windows: bool = False) -> str:
     if engine == "ktransformers":
         return ktransformers(plan, windows)
     words = [("llama-server.exe" if windows else "llama-server"), "-m", model_file(plan)]
-    words += ["-ngl", str(min(plan.ngl, 99) if plan.ngl <= plan.model.layers else 99), *placement_words(plan, engine)]
+    ngl = plan.ngl + (plan.model.layers_behind if plan.ngl > 1 else 0)  # the last layers of a file count first
+    words += ["-ngl", str(min(ngl, 99) if plan.ngl <= plan.model.layers else 99), *placement_words(plan, engine)]
     s = plan.settings
     words += ["-c", str(s.ctx), "-ub", str(s.ubatch), "-b", str(max(2048, s.ubatch))]
     words += ["-fa", "on"] if engine == "llama.cpp" else ["-fa"]

@@ -173,7 +173,7 @@ def manual_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     assert machine.gpu is not None
     curve = curve or curve_of(model)
     settings, _ = settings_of(model, request)
-    ngl = gpu_layers(request.ngl, model.layers)
+    ngl = gpu_layers(request.ngl, model.layers, model.layers_behind)
     placement = place(model, ngl, request.overrides, kv_on_host=request.kv_on_host)
     use = use_of(model, placement, settings, GPU)
     problem = too_full(model, machine, settings, placement, use)

@@ -72,13 +72,17 @@ def n_cpu_ffn(count: int) -> list[Override]:
     return [Override(rf"blk\.{i}{DENSE_FFN}", CPU, "--n-cpu-ffn") for i in range(count)]
 
 
-def gpu_layers(text: str | None, layers: int) -> int:
-    """``-ngl`` as a number, at most ``layers`` and the output. Raises PlanError for what is none."""
+def gpu_layers(text: str | None, layers: int, behind: int = 0) -> int:
+    """``-ngl`` as a number, at most ``layers`` and the output. Raises PlanError for what is none.
+
+    llama.cpp counts the ``behind`` layers that a file has behind the trunk (nextn) too, next after the output.
+    """
     if text in (None, LAYERS_AUTO, LAYERS_ALL):
         return layers + 1
     if not re.fullmatch(r"-?\d{1,9}", str(text)):
         raise PlanError(f"-ngl {text}: expected a number of layers, 'auto' or 'all'")
-    return layers + 1 if int(str(text)) < 0 else min(int(str(text)), layers + 1)
+    count = int(str(text))
+    return layers + 1 if count < 0 else min(max(count - behind, min(count, 1)), layers + 1)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class Model:
     source: str = ""
     remarks: tuple[str, ...] = field(default=())
     file: str = ""  # what a command calls it, where that is known
+    layers_behind: int = 0  # of the file, behind the trunk (nextn): not run, but counted by -ngl
 
     @cached_property
     def layers(self) -> int:
@@ -258,7 +259,7 @@ def from_file(file: Any) -> Model:
         return _by_keys(file, arch, common, f"read by its keys alone: {error}")
     kept = tuple(t for t in tensors if (t.layer or 0) < c.block_count)
     model = Model(pasts=pasts_of(c), context_length=c.context_length, expert_count=c.expert_count,
-                  expert_used_count=c.expert_used_count, **common)  # fmt: skip
+                  expert_used_count=c.expert_used_count, layers_behind=c.nextn_predict_layers, **common)  # fmt: skip
     return replace(model, tensors=kept)
 
 

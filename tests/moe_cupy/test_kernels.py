@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from moe_cupy.device import host
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.kernels.case import Case
+from moe_cupy.kernels.cuda.sources import FORMATS
 from moe_cupy.kernels.host import ops
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.layer_cases import attention_case
@@ -106,6 +107,10 @@ def test_each_of_the_65536_halves_decodes_to_its_value(kind, dtype):
     ops.embed(ALONE, Matrix(kind, 1, 65536, every.view(np.uint8)), np.zeros(1, np.int32), out)
     want = every.view("<f2").astype(np.float32) if dtype else (every.astype(np.uint32) << 16).view(np.float32)
     same_bits(out[0], want, kind)
+
+
+def test_host_and_cuda_take_the_same_formats():
+    assert set(SUPPORTED) == set(FORMATS) and len(set(SUPPORTED)) == len(SUPPORTED)
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)
