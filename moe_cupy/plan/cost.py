@@ -237,5 +237,7 @@ def size_text(nbytes: float, digits: int = 3) -> str:
 
 
 def share_text(share: float) -> str:
-    """11%, 0.2%."""
+    """11%, 0.2%, <0.1%."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
     return f"{share:.0%}" if share >= 0.01 or not share else f"{share:.1%}"

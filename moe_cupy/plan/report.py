@@ -12,7 +12,7 @@ from moe_cupy.plan.emit import ENGINES, command, that_fits, without_cache
 from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.planner import READ, WRITTEN, Plan
 from moe_cupy.plan.rules import CPU
-from moe_cupy.plan.shapes import Model
+from moe_cupy.plan.shapes import Model, types_held
 
 PLACES = {CPU: "RAM", "CUDA0": "VRAM"}
 
@@ -23,7 +23,8 @@ def as_json(plan: Plan, windows: bool = False) -> dict[str, Any]:
         "model": plan.model.name, "quant": plan.model.quant, "hardware": plan.machine.name, "fits": not plan.too_full,
         "decode_tok_s": plan.decode_tok_s, "prefill_tok_s": plan.prefill_tok_s, "vram_bytes": plan.vram_bytes,
         "ram_bytes": plan.ram_bytes, "disk_bytes": plan.disk_bytes, "cache_slots": plan.cache_slots,
-        "cache_bytes": plan.cache_bytes, "hit_rate": plan.hit_rate, "tensors": tensor_rows(plan),
+        "cache_bytes": plan.cache_bytes, "hit_rate": plan.hit_rate,
+        "types": types_held(plan.model.tensors), "tensors": tensor_rows(plan),
         "commands": {engine: command(plan, engine, windows) for engine in ENGINES[:2]},
         "warnings": [*filter(None, [plan.too_full]), *plan.warnings], "turn_s": plan.turn_s,
         "ctx": plan.settings.ctx, "n_cpu_moe": plan.n_cpu_moe, "ngl": plan.ngl,
@@ -91,6 +92,7 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
             if m.experts
             else ""
         ),
+        f"types: {mix_text(m)}",
         machine_line(plan.machine),
         "",
         *plan.steps,
@@ -125,6 +127,12 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
     lines += [f"\n{engine}:\n  {command(fits, engine, windows)}" for engine in engines if fits]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)
+
+
+def mix_text(model: Model) -> str:
+    """Q4_K 16.4 GB (88%), Q6_K 2.1 GB (11%), …: what the file is made of, not only its name."""
+    held = types_held(model.tensors)
+    return ", ".join(f"{kind} {size_text(n)} ({share_text(n / model.nbytes)})" for kind, n in held.items())
 
 
 def count_text(number: int) -> str:
