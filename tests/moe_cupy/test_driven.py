@@ -200,6 +200,17 @@ def test_a_graph_waits_for_all_its_branches_or_is_refused(make):
     device.close()
 
 
+def test_a_text_is_the_same_whoever_decides(model):
+    """Greedy, where only the largest logit comes to the host; where tokens halt, and where they do not."""
+    options: Any = {"device": "emulated", "cache": "slots:5", "ctx_size": 32}
+    with Engine(model, **options) as engine:
+        want = list(engine.generate_tokens(TOKENS[:5].tolist(), 9))
+    for more in ({}, {"host_cache": "slots:8", "prefetch": "next-gate"}):
+        with Engine(model, decode="device", **more, **options) as engine:
+            assert list(engine.generate_tokens(TOKENS[:5].tolist(), 9)) == want
+            assert (engine.stats.host_misses > 8) == bool(more)
+
+
 def no_position(engine: Engine) -> None:
     real: Any = engine.device.put
     engine.device.put = lambda dst, *rest: dst is engine.forward._position or real(dst, *rest)
