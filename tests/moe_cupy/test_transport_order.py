@@ -67,7 +67,7 @@ class Watch:
         return [pair for pool in self.engine.mover.cache.pools for pair in pool.slot_of.items()]
 
     def run(self, launch: Launch, stream: Any) -> None:
-        meant = self.meant if launch.kernel.startswith("expert_down") else []
+        meant = self.meant if launch.kernel.startswith(("expert_down", "gemm")) else []
         stream.run(lambda: self.look(meant, launch.kernel, "before"))
         self._run(launch, stream)
         if meant:
