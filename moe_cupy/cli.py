@@ -46,8 +46,8 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
     add("-ub", "--ubatch-size", type=int, default=512, help="prompt tokens at a time (default 512)")
-    add("-ctk", "--cache-type-k", default="f32", help="type of cached keys: f32 (default), f16")
-    add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16")
+    add("-ctk", "--cache-type-k", default="f32", help="type of cached keys: f32 (default), f16, q8_0")
+    add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16, q8_0")
     add("--act", choices=("f32", "q8"), default=act, help="activations where they meet quantized weights: exact, or "
         f"rounded to 8 bits as llama.cpp does, several times faster (default {act})")  # fmt: skip
     add("-t", "--threads", type=threads, default=None, help="threads for compute (default: all cores)")
@@ -70,7 +70,7 @@ def open_engine(args: argparse.Namespace) -> Any:
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
     engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
-    note("\n".join([engine.device_reason, *engine.placement.lines()]))
+    note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
     if args.verbose:
         from moe_cupy.tools.report import tensor_lines
 

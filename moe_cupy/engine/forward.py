@@ -17,6 +17,7 @@ from moe_cupy.cache import Scores
 from moe_cupy.device.base import Device
 from moe_cupy.engine import networks
 from moe_cupy.engine.block import Block, Pass, Scratch
+from moe_cupy.engine.choosing import Offer
 from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
 from moe_cupy.engine.weights import DenseWeights
@@ -70,7 +71,28 @@ class Forward:
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
         """Logits [T, vocab] (or [1, vocab] of the last token) for tokens int64 [T] that follow ``kv.length``."""
-        return self._fetched_logits(self._pass(self._begin(tokens, kv), last_only))
+        return self._fetched_logits(self._launched(tokens, kv, last_only))
+
+    def largest(self, tokens: np.ndarray, kv: Any, count: int) -> Offer:
+        """The ``count`` largest logits of the last token; the others stay on the device."""
+        return self._best(self._launched(tokens, kv, True), count)
+
+    def _best(self, logits: Any, count: int) -> Offer:
+        """The ``count`` largest of logits [1, vocab] in device memory.
+
+        All of them if one of the largest is not finite, as a NaN makes it: whoever chooses has to see that.
+        """
+        values, ids = self._decode_scratch("best", 1, count), self._decode_scratch("best ids", 1, count, dtype=np.int32)
+        self._launch("top_k", logits=logits, values=values, ids=ids)
+        best, which = (self.device.fetch(name, a, self.stream) for name, a in (("best", values), ("best ids", ids)))
+        self.stream.record().synchronize()
+        if not np.isfinite(best).all():
+            return Offer(self._fetched_logits(logits)[0])
+        return Offer(best[0].copy(), which[0].copy())
+
+    def _launched(self, tokens: np.ndarray, kv: Any, last_only: bool) -> Any:
+        """Logits in device memory, once the stream has come there."""
+        return self._pass(self._begin(tokens, kv), last_only)
 
     def _pass(self, run: Pass, last_only: bool) -> Any:
         """All launches of a pass: logits [T or 1, vocab] in device memory."""

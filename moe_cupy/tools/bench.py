@@ -127,6 +127,7 @@ def as_record(engine: Engine, result: Result, warm: bool) -> dict[str, Any]:
         "n_threads": getattr(engine.split.devices.get(CPU, engine.device), "threads", 1),
         "type_k": o.cache_type_k,
         "type_v": o.cache_type_v,
+        "kv_cache_bytes": engine.kv.nbytes,
         "n_gpu_layers": engine.split.n_gpu_layers,
         "n_cpu_moe": len(engine.placement.cpu.layers) if engine.placement.cpu else 0,
         "n_prompt": result.test.n_prompt,

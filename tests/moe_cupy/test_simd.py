@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 import threading
 import time
 from functools import cache
@@ -158,7 +161,7 @@ def test_every_format_is_written_for_every_instruction_set():
     assert {*SUPER_BLOCKS, *BLOCKS, *FLOATS} >= {
         "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"
     }  # fmt: skip
-    marks = {"avx2": "avx2.pmadd", "avx512": "vpdpwssd.512", "portable": "x86"}
+    marks = {"avx2": "avx2.pmadd", "avx512": "vpdpbusd.512", "portable": "x86"}
     for name, mark in marks.items():
         assert (mark in row_kernel("Q4_K", isa.SETS[name], 1)) == (name != "portable")
 
@@ -193,6 +196,18 @@ def test_vectors_are_rounded_to_the_references_bits(kind, most):
         assert np.array_equal(untiled(sums, count, most, 16 if kind == "Q8_K" else 1).reshape(whole.shape), whole)
     else:
         assert np.array_equal(got.reshape(count, COLS), round_to(x, kind))
+
+
+def test_vectors_for_q4_k_are_those_of_the_reference_in_the_order_of_their_kernel():
+    x, count = vectors(3), 3
+    panel = rounding.new_panel(rounding.Q8_K_BY_HALVES, count, COLS)
+    rounding.round_rows(rounding.Q8_K_BY_HALVES, x, COLS, np.arange(count), 1, panel, 0)
+    step, q = quantize_q8_k(x)
+    blocks = q.reshape(-1, 4, 2, 2, 16)  # pair of sub-blocks, low or high bits, half, weight
+    assert np.array_equal(panel[0].reshape(-1, 256), blocks.transpose(0, 2, 3, 1, 4).reshape(-1, 256))
+    assert np.array_equal(panel[2], step.reshape(-1))
+    sums = panel[4].reshape(-1, 8, 2)
+    assert np.array_equal(sums[..., 0], blocks.sum((3, 4)).reshape(-1, 8)) and not sums[..., 1].any()
 
 
 def untiled(flat: np.ndarray, count: int, most: int, size: int) -> np.ndarray:
@@ -242,6 +257,32 @@ def test_many_lists_in_a_row_are_all_done_however_the_helpers_are_placed():
         products.multiply(crew, x, w, out)
         assert np.array_equal(out, known), f"turn {turn}, {w.rows} rows"
     crew.close()
+
+
+WITH_EXPERTS = """
+import hashlib, numpy as np
+from moe_cupy.device.crew import Crew
+from moe_cupy.kernels.host.experts import run_experts
+from moe_cupy.kernels.samples import random_matrix
+rng = np.random.default_rng(0)
+three = [[random_matrix(rng, "Q4_K", 256, 256) for _ in range(4)] for _ in range(3)]
+x, parts = rng.normal(0, 1, (64, 256)).astype(np.float32), np.empty((64, 2, 256), np.float32)
+ids = np.argsort(rng.random((64, 4)), axis=1)[:, :2].astype(np.int32)
+run_experts(Crew(1, "q8"), x, (ids.copy(), np.arange(4), three), ("silu", None, {}, {}), parts)
+print(hashlib.sha256(parts.tobytes()).hexdigest())
+"""
+
+
+def test_no_memory_is_read_that_was_given_back():
+    """Jobs hold addresses. glibc overwrites what is given back if asked to: no bit of the result may change."""
+    environment = os.environ | {"PYTHONPATH": str(TRAINED.parents[1])}
+    seen = set()
+    for tunables in ("", "glibc.malloc.perturb=165"):
+        run = [sys.executable, "-c", WITH_EXPERTS]
+        done = subprocess.run(run, env=environment | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seen.add(done.stdout)
+    assert len(seen) == 1
 
 
 def test_while_cancelled_nothing_is_computed_and_afterwards_all():
