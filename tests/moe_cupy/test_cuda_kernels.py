@@ -191,7 +191,7 @@ def test_fill_copies_any_number_of_bytes_at_any_address(library, n, shift):
 
 
 def good_launch() -> Launch:
-    return launches.argmax(np.zeros(1, np.int32), np.zeros((1, 8), np.float32), 32)
+    return launches.argmax(np.zeros(1, np.float32), np.zeros(1, np.int32), np.zeros((1, 8), np.float32), 32)
 
 
 @pytest.mark.parametrize(

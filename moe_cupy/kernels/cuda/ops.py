@@ -173,6 +173,10 @@ def rope(work: Workspace, x: Any, cos: Any, sin: Any, style: str, first: int = 0
     yield to.rope(x, cos, sin, style, offset=first)
 
 
+def hadamard(work: Workspace, x: Any, count: int) -> Launches:
+    yield to.hadamard(x, count)
+
+
 def kv_store(work: Workspace, cache: Any, new: Any, position: int) -> Launches:
     yield to.kv_store(cache, new, work.positions(position, len(new)))
 
@@ -220,6 +224,21 @@ def delta_rule(
     before: Any, after: Any,
 ) -> Launches:  # fmt: skip
     yield to.delta_recur(out, qkv, (fade, share), (before, after), key_heads, epsilon=epsilon, tiled=tiled)
+
+
+# Sampling
+
+
+def top_k(work: Workspace, logits: Any, values: Any, ids: Any) -> Launches:
+    (n_tokens, k), n = ids.shape, logits.shape[1]
+    if k == 1:
+        yield to.argmax(values, ids, logits)
+        return
+    parts = to.top_k_parts(n, k)
+    shape = n_tokens, parts, k
+    some, which = work.scratch("best values", *shape), work.scratch("best ids", *shape, dtype=np.int32)
+    yield to.top_k(some, which, logits)
+    yield to.top_k(values.reshape(n_tokens, 1, k), ids.reshape(n_tokens, 1, k), some, which)
 
 
 # Routed experts (and expert_ops.py)

@@ -84,9 +84,10 @@ def embed(out: Any, table: Matrix, ids: Any = None, scale: float = 1.0, block: i
     return Launch(f"embed_{table.type}", grid, block, (out, table.data, ids, table.cols, scale))
 
 
-def argmax(ids: Any, logits: Any, block: int = 256) -> Launch:
-    """logits [T, n] -> ids [T]."""
-    return Launch("argmax", (len(logits), 1, 1), block, (ids, logits, logits.shape[-1]), block // 32 * BEST_BYTES)
+def argmax(values: Any, ids: Any, logits: Any, block: int = 256) -> Launch:
+    """logits [T, n] -> values, ids [T]."""
+    args = (values, ids, logits, logits.shape[-1])
+    return Launch("argmax", (len(logits), 1, 1), block, args, block // 32 * BEST_BYTES)
 
 
 def top_k(values: Any, ids: Any, x: Any, x_ids: Any = None, block: int = 256) -> Launch:
