@@ -8,14 +8,13 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from moe_cupy.cache import Counters
-from moe_cupy.compiled import POLICIES
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
 from moe_cupy.engine.choosing import Offer, deciding
@@ -23,12 +22,13 @@ from moe_cupy.engine.driven import DrivenForward, place_resident
 from moe_cupy.engine.experts import ExpertMover
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
+from moe_cupy.engine.options import DEFAULT_CONTEXT, Options
 from moe_cupy.engine.placement import Placement, open_stores, place_movers
 from moe_cupy.engine.split import second_device, split_model, without_effect
 from moe_cupy.engine.stats import Stats
 from moe_cupy.engine.two_devices import TwoDevices
 from moe_cupy.engine.weights import check_formats, load_dense
-from moe_cupy.plan.rules import CPU, Override
+from moe_cupy.plan.rules import CPU
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.store import expert_layout
 from moe_ref.config import load_config
@@ -38,58 +38,9 @@ from moe_ref.split import open_model
 from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
-DEFAULT_CONTEXT = 4096  # tokens, where neither the caller nor the model asks for less
-
 
 class EngineError(RuntimeError):
     """An engine that is closed, or asked for two things at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to run; the names and defaults are those of the command line."""
-
-    cache: str = "auto"  # 2GiB | 25% | slots:N | auto
-    host_cache: str = "auto"  # the same, of experts in page-locked memory before a device with its own
-    policy: str = "echo"
-    prefetch: str = "none"
-    device: str = "auto"
-    threads: int | None = None
-    ctx_size: int = 0  # 0: the model's, at most DEFAULT_CONTEXT
-    ubatch_size: int = 512
-    cache_type_k: str = "f32"
-    cache_type_v: str = "f32"
-    store: str | None = None  # a file that `repack` made of the model, to read experts from
-    direct_io: bool = True
-    reads_in_flight: int = 4
-    act: str = "f32"  # of activations that meet a quantized matrix; "q8" rounds them to 8 bits, several times faster
-    decode: str = "host"  # who decides what is loaded: host (policies, disk) or device (LRU, a token is one graph)
-    n_gpu_layers: str | int | None = None  # llama.cpp's -ngl: the last N layers, the output counted as one
-    overrides: str | Sequence[Override] = ()  # its -ot "exps=CPU", or the planner's rules, --cpu-moe's among them
-    progress: bool = False  # show on stderr how far loading is
-
-    def __post_init__(self) -> None:
-        for value, table, flag in (
-            (self.policy, POLICIES, "--policy"),
-            (self.prefetch, PREFETCHERS, "--prefetch"),
-            (self.act, ("f32", "q8"), "--act"),
-            (self.decode, ("host", "device"), "--decode"),
-        ):
-            if value not in table:
-                raise ValueError(f"{flag} {value}: unknown; use one of {', '.join(table)}")
-        for name in ("cache", "host_cache"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(
-                    f"{name}: {getattr(self, name)!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'"
-                )
-        if self.decode == "device" and self.host_cache != "auto":
-            raise ValueError("--decode device page-locks all experts; leave out --host-cache, or use --decode host")
-        for name in ("ubatch_size", "reads_in_flight", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is too small; use at least 1")
-        if self.ctx_size < 0:
-            raise ValueError(f"ctx_size: {self.ctx_size} is negative; 0 takes the model's")
 
 
 class Engine:
@@ -338,9 +289,7 @@ class Engine:
     def _count(self, tokens: int, seconds: float, is_prompt: bool) -> None:
         s = self._stats
         if is_prompt:
-            self._stats = replace(
-                s, prompt_tokens=s.prompt_tokens + tokens, prompt_seconds=s.prompt_seconds + seconds
-            )
+            self._stats = replace(s, prompt_tokens=s.prompt_tokens + tokens, prompt_seconds=s.prompt_seconds + seconds)
         else:
             self._stats = replace(
                 s, generated_tokens=s.generated_tokens + tokens, generated_seconds=s.generated_seconds + seconds

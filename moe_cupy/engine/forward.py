@@ -74,11 +74,14 @@ class Forward:
         return self._fetched_logits(self._launched(tokens, kv, last_only))
 
     def largest(self, tokens: np.ndarray, kv: Any, count: int) -> Offer:
-        """The ``count`` largest logits of the last token; the others stay on the device.
+        """The ``count`` largest logits of the last token; the others stay on the device."""
+        return self._best(self._launched(tokens, kv, True), count)
+
+    def _best(self, logits: Any, count: int) -> Offer:
+        """The ``count`` largest of logits [1, vocab] in device memory.
 
         All of them if one of the largest is not finite, as a NaN makes it: whoever chooses has to see that.
         """
-        logits = self._launched(tokens, kv, True)
         values, ids = self._decode_scratch("best", 1, count), self._decode_scratch("best ids", 1, count, dtype=np.int32)
         self._launch("top_k", logits=logits, values=values, ids=ids)
         best, which = (self.device.fetch(name, a, self.stream) for name, a in (("best", values), ("best ids", ids)))

@@ -20,6 +20,7 @@ import numpy as np
 
 from moe_cupy.engine import networks
 from moe_cupy.engine.block import Block, Pass, Scratch
+from moe_cupy.engine.choosing import Offer
 from moe_cupy.engine.forward import Forward, RouteObserver, Routes
 from moe_cupy.engine.split import EMBEDDING, Split
 from moe_cupy.engine.weights import Linear
@@ -56,6 +57,10 @@ class Half(Forward):
         """Of the residual stream that came here last, in host memory."""
         x = self.run.x[-1:] if last_only else self.run.x
         return self._fetched_logits(self._head(self.run, x))
+
+    def best(self, count: int) -> Offer:
+        """The ``count`` largest logits of the last token of the residual stream that came here last."""
+        return self._best(self._head(self.run, self.run.x[-1:]), count)
 
     def taken(self, name: str, x: Any) -> Any:
         """``x``, which the other device has, in memory of this one: valid once the other's stream got as far as now."""
@@ -165,6 +170,14 @@ class TwoDevices:
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
         """Logits [T, vocab] (or [1, vocab] of the last token) for tokens int64 [T] that follow ``kv.length``."""
+        return self._through(tokens, kv).logits(last_only)
+
+    def largest(self, tokens: np.ndarray, kv: Any, count: int) -> Offer:
+        """The ``count`` largest logits of the last token; the others stay where they were made."""
+        return self._through(tokens, kv).best(count)
+
+    def _through(self, tokens: np.ndarray, kv: Any) -> Half:
+        """All layers; gives the half that has the residual stream, and the output."""
         for half in self.halves.values():
             half.begin(tokens, kv)
         at = next(half for half in self.halves.values() if half.embeds)
@@ -173,7 +186,7 @@ class TwoDevices:
                 at = self._moved(at.other)
             if index < len(self.split.experts):
                 at.layer(index)
-        return at.logits(last_only)
+        return at
 
     def _moved(self, to: Half) -> Half:
         """The residual stream is ``to``'s now."""

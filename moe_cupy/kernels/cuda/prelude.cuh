@@ -21,7 +21,7 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
 }
 // c += a b by the tensor cores: 16 x 16 times 16 x 8 signed bytes, all lanes of a warp together. Lane 4r + t gives
 // bytes 4t..4t+3 of rows r and r + 8 of a and of column r of b, and has columns 2t and 2t + 1 of both rows of c (PTX
-// ISA, m16n8k16). Compute capability 7.5 has half of it, m8n8k16, which from 10.0 on would cost as much as the whole.
+// ISA, m16n8k16). Compute capability 7.5 has half of it, m8n8k16; from 10.0 on that becomes a whole one, half empty.
 __device__ __forceinline__ void mma_16x8x16(int (&c)[4], const int (&a)[2], int b) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"

@@ -11,7 +11,6 @@ from moe_cupy.kernels.host import attention as attending
 from moe_cupy.kernels.host import delta, layer, matmul, products, routing
 from moe_cupy.kernels.host.experts import MATRICES, run_experts
 from moe_cupy.kernels.matrix import Matrix
-from moe_ref.kv_types import rotated
 from moe_ref.quants import quantize
 from moe_ref.quants.activations import round_for
 
@@ -158,7 +157,8 @@ def rope(split: Split, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, style: s
 
 def hadamard(split: Split, x: np.ndarray, count: int) -> None:
     """Runs of ``count`` numbers of x [..., n] (a power of two) times the orthonormal Hadamard matrix."""
-    x[...] = rotated(x, count)
+    runs = x.reshape(-1, count)
+    split(attending.hadamard, len(runs), 8 * count, runs, np.float32(count**-0.5))
 
 
 def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) -> None:
@@ -171,12 +171,13 @@ def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) ->
 
 def _kept(split: Split, cache: np.ndarray) -> np.ndarray:
     """The numbers of cache rows [S, G, .] as float32 [S, G, K]."""
-    if cache.dtype != np.uint8:
-        return np.asarray(cache, np.float32)
-    rows, width = len(cache) * cache.shape[1], cache.shape[2] // 34 * 32
-    kind, row_bytes = matmul.layout(Matrix("Q8_0", rows, width, cache))
+    if cache.dtype == np.float32:
+        return cache
+    name, width = ("Q8_0", cache.shape[2] // 34 * 32) if cache.dtype == np.uint8 else ("F16", cache.shape[2])
+    rows, raw = len(cache) * cache.shape[1], cache.view(np.uint8).reshape(-1)
+    kind, row_bytes = matmul.layout(Matrix(name, rows, width, raw))
     out, ids = np.empty((*cache.shape[:2], width), np.float32), np.arange(rows, dtype=np.int32)
-    split(matmul.embed_rows, rows, width, kind, row_bytes, cache.reshape(-1), ids, out.reshape(rows, width))
+    split(matmul.embed_rows, rows, width, kind, row_bytes, raw, ids, out.reshape(rows, width))
     return out
 
 
