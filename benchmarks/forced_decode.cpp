@@ -3,7 +3,8 @@
 //   forced_decode MODEL THREADS LOAD_MODE REPACK N_PROMPT N_GEN REPEAT WARMUP MAX_SECONDS
 //
 // LOAD_MODE is llama.h's enum (1: mmap, -1: llama.cpp chooses), REPACK 0 or 1. With WARMUP 1 the first id is decoded
-// once, and a prompt, before anything is timed. Generation stops after MAX_SECONDS, whatever is done by then counts.
+// once, then the prompt and the generation are gone through untimed, so that what is timed finds all pages present.
+// Generation stops after MAX_SECONDS, whatever is done by then counts.
 // Prints one line of JSON; times are of CLOCK_MONOTONIC, so that the caller can subtract when it started this.
 #include "llama.h"
 
@@ -46,6 +47,18 @@ static void prompt(llama_context * context, llama_batch & batch, int count) {
     }
 }
 
+// One by one, from an empty context, until the time is up; how many it were. ``first_token`` is set at the first ever.
+static int generate(llama_context * context, llama_batch & batch, int count, double seconds, double * first_token) {
+    llama_memory_clear(llama_get_memory(context), true);
+    const double start = now();
+    int done = 0;
+    for (; done < count && now() - start < seconds; done++) {
+        feed(context, batch, done, 1);
+        *first_token = *first_token ? *first_token : now();
+    }
+    return done;
+}
+
 int main(int argc, char ** argv) {
     if (argc != 10) {
         fprintf(stderr, "usage: forced_decode MODEL THREADS LOAD_MODE REPACK N_PROMPT N_GEN REPEAT WARMUP MAX_SECONDS\n");
@@ -82,6 +95,7 @@ int main(int argc, char ** argv) {
         feed(context, batch, 0, 1);
         first_token = now();
         prompt(context, batch, n_prompt);
+        generate(context, batch, n_gen, most_seconds, &first_token);
     }
     std::string prompts, gens;
     for (int r = 0; n_prompt && r < repeat; r++) {
@@ -91,12 +105,8 @@ int main(int argc, char ** argv) {
     }
     int done = 0;
     for (int r = 0; n_gen && r < repeat; r++) {
-        llama_memory_clear(llama_get_memory(context), true);
         const double start = now();
-        for (done = 0; done < n_gen && now() - start < most_seconds; done++) {
-            feed(context, batch, done, 1);
-            first_token = first_token ? first_token : now();
-        }
+        done = generate(context, batch, n_gen, most_seconds, &first_token);
         gens += (r ? ", " : "") + std::to_string(done / (now() - start));
     }
     printf("{\"load_s\": %.6f, \"first_token_at\": %.6f, \"pp\": [%s], \"tg\": [%s], \"tokens\": %d}\n", loaded - begin,

@@ -46,8 +46,8 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
     add("-ub", "--ubatch-size", type=int, default=512, help="prompt tokens at a time (default 512)")
-    add("-ctk", "--cache-type-k", default="f32", help="type of cached keys: f32 (default), f16")
-    add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16")
+    add("-ctk", "--cache-type-k", default="f32", help="type of cached keys: f32 (default), f16, q8_0")
+    add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16, q8_0")
     add("--act", choices=("f32", "q8"), default=act, help="activations where they meet quantized weights: exact, or "
         f"rounded to 8 bits as llama.cpp does, several times faster (default {act})")  # fmt: skip
     add("-t", "--threads", type=threads, default=None, help="threads for compute (default: all cores)")
@@ -55,6 +55,7 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
     add("--reads", dest="reads_in_flight", type=number(1, 256), default=4, help="expert reads in flight (default 4)")
     add_placement(parser)
+    add("-v", "--verbose", action="store_true", help="list every tensor with its place and why")
 
 
 def open_engine(args: argparse.Namespace) -> Any:
@@ -69,7 +70,11 @@ def open_engine(args: argparse.Namespace) -> Any:
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
     engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
-    note("\n".join([engine.device_reason, *engine.placement.lines()]))
+    note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
+    if args.verbose:
+        from moe_cupy.tools.report import tensor_lines
+
+        note("\n".join(tensor_lines(engine)))
     if engine.kv.capacity > engine.config.context_length:
         note(f"-c {engine.kv.capacity}: this model was made for {engine.config.context_length} tokens; "
              "what it writes beyond them is not to be trusted")  # fmt: skip

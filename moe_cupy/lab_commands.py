@@ -242,7 +242,7 @@ def cmd_synth(args: argparse.Namespace) -> None:
     trace = read_trace(args.routes)
     tokens, layers, used = trace.shape
     count = min(tokens, args.hidden, args.tokens or tokens)
-    plan = Plan(count, layers, trace.n_experts, used, args.hidden, args.ffn, args.quant)
+    plan = Plan(count, layers, trace.n_experts, used, args.hidden, args.ffn, args.quant.upper())
     with whole_file(args.output) as out:
         written = synthesise(out, trace, plan, args.seed, Path(args.routes).stem)
     with whole_file(f"{args.output.removesuffix('.gguf')}.tokens") as out:
@@ -258,7 +258,7 @@ def add_synth(commands: Any) -> None:
     sub.add_argument("--routes", required=True, metavar="TRACE", help=".npz trace")
     sub.add_argument("--hidden", type=number(128, 1 << 16), required=True, help="width of the model")
     sub.add_argument("--ffn", type=number(1, 1 << 16), required=True, help="width of an expert")
-    sub.add_argument("--quant", default="Q4_K", help="type of the matrices (default Q4_K)")
+    sub.add_argument("--quant", default="Q4_K", help="mix (Q4_K_M, Q8_0) or type of all matrices (default Q4_K)")
     sub.add_argument("--tokens", type=number(2), help="tokens of the trace (default: all, at most --hidden)")
     sub.add_argument("-s", "--seed", type=number(0), default=0, help="of the random weights (default 0)")
     sub.add_argument("-o", "--output", required=True, help=".gguf file to write; the ids go beside it, in .tokens")

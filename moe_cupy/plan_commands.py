@@ -10,15 +10,17 @@ from typing import Any
 
 from moe_cupy.plan import PlanError
 from moe_cupy.plan.advice import advise
+from moe_cupy.plan.choose import best_static, make_plan
 from moe_cupy.plan.cost import size_text
 from moe_cupy.plan.emit import ENGINES, command
 from moe_cupy.plan.hardware import GB, Machine, machine_called, pcie_bytes_s
 from moe_cupy.plan.hits import Curve, replayed
 from moe_cupy.plan.llama_command import Command, read_command
 from moe_cupy.plan.memory import KV_TYPES, MIB
-from moe_cupy.plan.planner import Plan, Request, cached_plan, make_plan, static_plan
+from moe_cupy.plan.names import model_named, spelled
+from moe_cupy.plan.planner import Plan, Request, cached_plan, static_plan
 from moe_cupy.plan.report import as_json, no_plan, tensor_lines, text
-from moe_cupy.plan.rules import CPU, GPU, Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides, place
+from moe_cupy.plan.rules import Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides
 from moe_cupy.plan.shapes import Model, from_file, preset
 from moe_cupy.plan.tables import DoesNotFit, table
 from moe_ref.command import add_model, note, number, print_json, read_text
@@ -113,14 +115,16 @@ def cmd_plan(args: argparse.Namespace) -> None:
     said = read_line(args.from_command) if args.from_command is not None else None
     model = model_called(said.model if said and not args.model else args.model, args.quant)
     machine = machine_of(args)
-    request = replace(said.request, depth=args.depth) if said else request_of(args)
+    request = replace(said.request, depth=args.depth, overfull=True) if said else request_of(args)
     if said:
         machine = replace(machine, cores=args.cores or said.threads or machine.cores)
         if said.model and not args.model and said.model.endswith(".gguf"):
             model = replace(model, file=said.model)
+        if said.used:
+            model = replace(model, expert_used_count=min(said.used, model.expert_count))
     curve = curve_from(args.routes, model) if args.routes else None
     try:
-        plan = planned(model, machine, request, curve, "static" if said else args.mode)
+        plan = planned(model, machine, request, curve, "as given" if said else args.mode)
     except DoesNotFit as error:
         if args.json:
             print_json(no_plan(model, machine, str(error)))
@@ -135,6 +139,8 @@ def cmd_plan(args: argparse.Namespace) -> None:
         plot_sizes(model, machine, request, args.plot, curve)
         note(f"{args.plot}: predicted speed against cache size")
     show(args, plan, curve)
+    if plan.too_full:
+        raise DoesNotFit(plan.too_full)
 
 
 def check_from_command(args: argparse.Namespace) -> None:
@@ -159,7 +165,8 @@ def show(args: argparse.Namespace, plan: Plan, curve: Curve | None) -> None:
     if not args.json or args.tensors or args.explain:
         if args.tensors or args.from_command:
             print("\n".join(tensor_lines(plan)) + "\n")
-        print(text(plan, advise(plan, curve), args.explain, windows=args.windows))
+        advice = () if plan.too_full else advise(plan, curve)
+        print(text(plan, advice, args.explain, windows=args.windows))
     if args.json:
         print_json(as_json(plan, args.windows))
 
@@ -181,24 +188,15 @@ def model_called(name: str | None, quant: str | None) -> Model:
         if quant:
             remarks = [*remarks, f"--quant {quant}: a file has the types that it has; it is planned as it is"]
         return replace(model, remarks=(*model.remarks, *remarks))
+    found, said = model_named(name)
+    model = preset(found, quant or said)
     if name.endswith(".gguf"):
-        stem = Path(name).stem.lower()
-        known = [p for p in sorted(table("models"), key=len, reverse=True) if p in stem]
-        if not known:
-            raise PlanError(f"{name}: there is no such file, and its name is no preset's; presets: "
-                            + ", ".join(sorted(table("models"))))  # fmt: skip
-        found = preset(known[0], quant or quant_in(stem))
-        return replace(
-            found, remarks=(*found.remarks, f"{name}: no such file here; planned as {known[0]} {found.quant}")
-        )
-    return preset(name, quant)
-
-
-def quant_in(stem: str) -> str | None:
-    """The quantization that a file's name ends with."""
-    mixes = table("mixes")
-    names = [n for n in (*mixes, *mixes["alias"]) if n != "alias" and n.lower() in stem]
-    return max(names, key=len, default=None)
+        remark = f"{name}: no such file here; planned as {found} {model.quant}"
+    elif spelled(name) != found.lower():
+        remark = f"{name}: planned as {found} {model.quant}"
+    else:
+        return model
+    return replace(model, remarks=(*model.remarks, remark))
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
@@ -247,7 +245,8 @@ def check_flags(args: argparse.Namespace) -> None:
 def planned(model: Model, machine: Machine, request: Request, curve: Curve | None, mode: str) -> Plan:
     if mode == "best":
         return make_plan(model, machine, request, curve)
-    return (cached_plan if mode == "cache" else static_plan)(model, machine, request, curve)
+    ways = {"cache": cached_plan, "static": best_static, "as given": static_plan}
+    return ways[mode](model, machine, request, curve)
 
 
 def curve_from(path: str, model: Model) -> Curve:
@@ -267,7 +266,7 @@ def curve_from(path: str, model: Model) -> Curve:
 
 
 def placement_lines(args: argparse.Namespace) -> list[str]:
-    """What llama.cpp's placement flags mean for ``run`` and its like, by the planner's own rules; [] without any.
+    """What llama.cpp's placement flags find in a model that is about to be run; [] without any.
 
     Raises PlanError for flags that contradict each other, before a model is loaded.
     """
@@ -275,17 +274,10 @@ def placement_lines(args: argparse.Namespace) -> list[str]:
         return []
     check_flags(args)
     model = model_called(args.model, None)
-    on_host = args.device in ("auto", "host")
-    placement = place(model, gpu_layers(args.n_gpu_layers, model.layers), args.overrides, None if on_host else GPU)
+    gpu_layers(args.n_gpu_layers, model.layers)
     lines = ["placement flags given by hand: --fit is off"] if args.fit == "on" else []
     for rule in args.overrides[:: max(1, len(args.overrides) - 1)]:  # the first and the last say enough
         found = [t for t in model.tensors if rule.found_in(t.name)]
         lines.append(f"{rule.flag} {rule.pattern}={rule.device}: {len(found)} tensors, "
                      f"{size_text(sum(t.nbytes for t in found))}")  # fmt: skip
-    if on_host:
-        return [*lines, "the host device computes everything in host memory: these flags move nothing there"]
-    away = placement.on(CPU, (t for t in model.tensors if t.part != "embedding"))
-    kept = sorted({t.layer for t in away if t.layer is not None})
-    there = f"{len(away)} tensors of {len(kept)} layers ({size_text(sum(t.nbytes for t in away))})"
-    return [*lines, f"the flags keep {there} in host memory; the {args.device} device still computes all layers itself "
-                    "and holds experts by --cache, so they move nothing yet"]  # fmt: skip
+    return lines

@@ -80,6 +80,7 @@ class Cupy:
         self.current = threading.local()
         self.cuda = SimpleNamespace(
             is_available=lambda: gpu and driver > 0, alloc=self._alloc, get_elapsed_time=elapsed,
+            Device=lambda: SimpleNamespace(compute_capability="120"),
             Stream=self._stream, Event=lambda **options: Event(self, **options),
             compiler=SimpleNamespace(CompileException=CompileException),
             runtime=SimpleNamespace(

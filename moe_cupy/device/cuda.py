@@ -94,6 +94,8 @@ class CudaDevice(DiscreteDevice):
             raise DeviceError(f"--device cuda: {reason}; or use --device host")
         super().__init__(act)
         self.cupy, self._runtime = cupy, cupy.cuda.runtime
+        digits = cupy.cuda.Device().compute_capability  # "75", "120"
+        self.capability = int(digits[:-1]), int(digits[-1])
         self.pinned_bytes = 0  # page-locked so far
         self._pinned: list[int] = []
         self._streams: dict[str, CudaStream] = {}

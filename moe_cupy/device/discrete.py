@@ -59,6 +59,11 @@ class DeviceWorkspace:
         """How the device takes activations."""
         return self._device.act
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The device's compute capability."""
+        return self._device.capability
+
     def rounding(self, x: Any) -> tuple[Any, bool]:
         """Room for the Q8 blocks of x, uint8 [..., cols / 32, 40], and whether they are there since x was written."""
         if self._rounded is not None and self._rounded[0] is x:
@@ -107,6 +112,7 @@ class DiscreteDevice(ABC):
 
     is_unified = False
     formats = FORMATS
+    capability: tuple[int, int]  # of the GPU, major and minor: decides which kernels are launched
     _arena: np.ndarray  # page-locked by the subclass when it begins
 
     def __init__(self, act: str) -> None:
@@ -185,11 +191,14 @@ class DiscreteDevice(ABC):
         self.workspace(stream).written([dst])
 
     def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
-        key = name, src.shape, np.dtype(src.dtype)
-        if key not in self._fetched:
-            self._fetched[key] = self._staging(src.nbytes).view(src.dtype).reshape(src.shape)
-        self.copy_async(as_bytes(self._fetched[key]), as_bytes(src), stream)
-        return self._fetched[key]
+        key, rows = (name, src.shape[1:], np.dtype(src.dtype)), len(src)
+        kept = self._fetched.get(key)
+        if kept is None or len(kept) < rows:  # it is not given back: so not one for each length of prompt
+            room = 1 << (rows - 1).bit_length()
+            memory = self._staging(room * (src.nbytes // rows))
+            kept = self._fetched[key] = memory.view(src.dtype).reshape(room, *src.shape[1:])
+        self.copy_async(as_bytes(kept[:rows]), as_bytes(src), stream)
+        return kept[:rows]
 
     def _staging(self, nbytes: int) -> np.ndarray:
         """Host memory for small copies: page-locked, or what there is (a copy then waits, and is right)."""

@@ -46,13 +46,13 @@ def library() -> Library:
 
 
 class EmulatedDevice(DiscreteDevice, HostDevice):
-    """``memory`` is RAM; what is a copy over the bus on a GPU is a copy here."""
+    """``memory`` is RAM; what is a copy over the bus on a GPU is a copy here. It poses as any ``capability``."""
 
     name = "emulated"
     formats = DiscreteDevice.formats
 
-    def __init__(self, act: str = "f32") -> None:
-        self.kernels = library()
+    def __init__(self, act: str = "f32", capability: tuple[int, int] = (12, 0)) -> None:
+        self.kernels, self.capability = library(), capability
         self._graph: list[Launch] | None = None  # that is being captured
         DiscreteDevice.__init__(self, act)
         HostDevice.__init__(self, 1, act, inline=False)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.device.base import Device
-from moe_cupy.engine.weights import LayerWeights
+from moe_cupy.engine.weights import LayerWeights, Linear
 from moe_ref.config import Delta, Mla, ModelConfig
 from moe_ref.layers import Layer
 
@@ -56,8 +56,16 @@ class Pass:
     kv: Any  # DeviceKV
     tables: dict[int, tuple[Any, Any]]  # layer -> cosines and sines [T, n_rot/2]
     temperature: dict[int, Any]  # layer -> factor on scores [T]
-    ids: Any  # int32 [T]
     x: Any  # [T, D] residual stream
+    abroad: Callable[[str, Any, Any, Linear], None] | None = None  # op, x, out, matrix on another device
+
+    def product(self, op: str, x: Any, out: Any, linear: Linear) -> None:
+        """One of the ops "linear", "linear_add" and "linear_heads", where the matrix lies."""
+        if linear.away:
+            assert self.abroad is not None
+            self.abroad(op, x, out, linear)
+        else:
+            self.launch(op, x=x, out=out, w=linear.w, scale=linear.scale, bias=linear.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +103,12 @@ class Block:
         """x [T, in] times a matrix, bias and scale included: [T, out] in scratch."""
         linear = self.weights.linears[name]
         out = self.buffer(name, linear.w.rows)
-        self.launch("linear", x=x, out=out, w=linear.w, scale=linear.scale, bias=linear.bias)
+        self.run.product("linear", x, out, linear)
         return out
 
     def heads(self, x: Any, name: str, out: Any) -> None:
         """x [T, H, in] times each head's own matrix, into the first features of out [T, H, .]."""
-        self.launch("linear_heads", x=x, out=out, **self.weights.linears[name].arguments())
+        self.run.product("linear_heads", x, out, self.weights.linears[name])
 
     def norm(self, x: Any, name: str, out: Any = None) -> Any:
         """The architecture's norm of x [..., n] into ``out``, by default in place."""
@@ -131,7 +139,7 @@ class Block:
     def add_product(self, x: Any, name: str, post_norm: str) -> None:
         """What a branch computes, the product of x with its last matrix, is added to the residual stream."""
         if self.is_plain:
-            self.launch("linear_add", x=x, out=self.run.x, **self.weights.linears[name].arguments())
+            self.run.product("linear_add", x, self.run.x, self.weights.linears[name])
         else:
             self.add(self.linear(x, name), post_norm)
 

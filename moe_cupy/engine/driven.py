@@ -144,8 +144,8 @@ class DrivenForward(Forward):
         self._graphs: dict[int, tuple[Any, Any]] = {}  # parity -> graph, logits
         device.workspace(self.stream).position = self._position
 
-    def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
-        """Logits [1, vocab] of one token."""
+    def _launched(self, tokens: np.ndarray, kv: Any, last_only: bool) -> Any:
+        """Logits [1, vocab] of one token, in device memory."""
         if len(tokens) != 1:
             raise ValueError(f"{len(tokens)} tokens at once; the device decodes one at a time")
         run = self._begin(tokens, kv)
@@ -159,7 +159,7 @@ class DrivenForward(Forward):
                     self._graphs[kv.parity] = graph, self._pass(run, last_only)
             graph, logits = self._graphs[kv.parity]
             self.device.replay(graph, self.stream)
-        return self._fetched_logits(logits)
+        return logits
 
     def _moe(self, block: Block) -> None:
         c = self.config

@@ -6,23 +6,29 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from moe_cupy.cache import Counters
-from moe_cupy.compiled import POLICIES
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
+from moe_cupy.engine.choosing import Offer, deciding
 from moe_cupy.engine.driven import DrivenForward, place_resident
+from moe_cupy.engine.experts import ExpertMover
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
-from moe_cupy.engine.placement import Placement, open_store, place_experts
+from moe_cupy.engine.options import DEFAULT_CONTEXT, Options
+from moe_cupy.engine.placement import Placement, open_stores, place_movers
+from moe_cupy.engine.split import second_device, split_model, without_effect
 from moe_cupy.engine.stats import Stats
+from moe_cupy.engine.two_devices import TwoDevices
 from moe_cupy.engine.weights import check_formats, load_dense
+from moe_cupy.plan.rules import CPU
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.store import expert_layout
 from moe_ref.config import load_config
@@ -32,56 +38,9 @@ from moe_ref.split import open_model
 from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
-DEFAULT_CONTEXT = 4096  # tokens, where neither the caller nor the model asks for less
-
 
 class EngineError(RuntimeError):
     """An engine that is closed, or asked for two things at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to run; the names and defaults are those of the command line."""
-
-    cache: str = "auto"  # 2GiB | 25% | slots:N | auto
-    host_cache: str = "auto"  # the same, of experts in page-locked memory before a device with its own
-    policy: str = "echo"
-    prefetch: str = "none"
-    device: str = "auto"
-    threads: int | None = None
-    ctx_size: int = 0  # 0: the model's, at most DEFAULT_CONTEXT
-    ubatch_size: int = 512
-    cache_type_k: str = "f32"
-    cache_type_v: str = "f32"
-    store: str | None = None  # a file that `repack` made of the model, to read experts from
-    direct_io: bool = True
-    reads_in_flight: int = 4
-    act: str = "f32"  # of activations that meet a quantized matrix; "q8" rounds them to 8 bits, several times faster
-    decode: str = "host"  # who decides what is loaded: host (policies, disk) or device (LRU, a token is one graph)
-    progress: bool = False  # show on stderr how far loading is
-
-    def __post_init__(self) -> None:
-        for value, table, flag in (
-            (self.policy, POLICIES, "--policy"),
-            (self.prefetch, PREFETCHERS, "--prefetch"),
-            (self.act, ("f32", "q8"), "--act"),
-            (self.decode, ("host", "device"), "--decode"),
-        ):
-            if value not in table:
-                raise ValueError(f"{flag} {value}: unknown; use one of {', '.join(table)}")
-        for name in ("cache", "host_cache"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(
-                    f"{name}: {getattr(self, name)!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'"
-                )
-        if self.decode == "device" and self.host_cache != "auto":
-            raise ValueError("--decode device page-locks all experts; leave out --host-cache, or use --decode host")
-        for name in ("ubatch_size", "reads_in_flight", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is too small; use at least 1")
-        if self.ctx_size < 0:
-            raise ValueError(f"ctx_size: {self.ctx_size} is negative; 0 takes the model's")
 
 
 class Engine:
@@ -100,15 +59,15 @@ class Engine:
         self.config = load_config(self.file.metadata, vocab_rows(self.file))
         self.views = check_tensors(self.config, self.file)
         self.device, self.device_reason = (_device, "as given") if _device else open_device(o.device, o.threads, o.act)
-        if o.host_cache != "auto" and self.device.is_unified:
-            why = f"the {self.device.name} device has one memory"
-            self.device_reason += f"; {why}: --host-cache {o.host_cache} has no effect"
+        self.device_reason += without_effect(o, self.device)
         self._tokenizer: Tokenizer | None = None
         self._in_use, self._sequences = threading.Lock(), 0  # _sequences: begun so far
         self._resources: list[Any] = [self.device, self.file]
         self._finalizer = weakref.finalize(self, _close_all, self._resources)
         try:
-            check_formats(self.config, self.views, self.device)
+            flags = o.n_gpu_layers, o.overrides
+            self.split = split_model(self.file, self.views, self.device, *flags, self._second_device)
+            check_formats(self.config, self.views, self.split)
             self._load()
         except BaseException:
             self.close()
@@ -143,18 +102,19 @@ class Engine:
             raise ValueError("the prompt has no tokens: there is nothing to continue")
         if stop is None:
             stop = self.tokenizer.eog_ids if isinstance(prompt, str) else ()
-        pick = (sampler or Sampler()).sample
+        sampler = sampler or Sampler()
         self.reset()
-        mine, count = self._sequences, 0
-        logits = self.prefill(ids)
-        while count != max_tokens and (token := int(pick(logits))) not in stop:
+        mine, count, fed = self._sequences, 0, self._checked(ids)
+        for i in range(0, len(fed), self._step):
+            offer = self._offer(fed[i : i + self._step], sampler, is_prompt=True)
+        while count != max_tokens and (token := offer.taken(sampler)) not in stop:
             yield token
             count += 1
             if count == max_tokens or self.kv.length == self.kv.capacity:
                 return
             if self._sequences != mine:
                 raise EngineError("another sequence was begun on this engine: it holds one at a time")
-            logits = self.decode(token)
+            offer = self._offer(self._checked([token]), sampler, is_prompt=False)
 
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s."""
@@ -181,16 +141,17 @@ class Engine:
             self._sequences += 1
             self.kv.reset()
             self.forward.prefetcher.begin_sequence()
-            if self.mover is not None:
-                self.mover.cache.begin_sequence()
+            for mover in self.movers.values():
+                mover.cache.begin_sequence()
 
     def empty_cache(self) -> None:
         """As if just opened: no expert is resident, policy and prefetcher have learned nothing, counters are zero."""
         with self._used_alone():
-            self.device.synchronize()
+            for device in self.split.devices.values():
+                device.synchronize()
             self.forward.prefetcher = PREFETCHERS[self.options.prefetch]()
-            if self.mover is not None:
-                self.mover.empty()
+            for mover in self.movers.values():
+                mover.empty()
             if isinstance(self.forward, DrivenForward):
                 self.forward.experts.empty()
         self.reset_stats()
@@ -214,17 +175,19 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """The counters so far."""
-        stalled = self.device.stalls().get(WAIT_EXPERTS, 0.0) - self._stalled_before
+        stalled = self._stalled() - self._stalled_before
         moved: dict[str, Any] = self.mover.counters() if self.mover is not None else {}
+        if self.split.is_divided and CPU in self.movers:
+            cpu = self.movers[CPU].counters()
+            moved |= {"cpu_experts": cpu["hits"] + cpu["misses"], "cpu_misses": cpu["misses"]}
         if isinstance(self.forward, DrivenForward):
             moved = self.forward.experts.counters()
         return replace(self._stats, stall_us=int(1e6 * stalled), **moved)
 
     def reset_stats(self) -> None:
         """Start counting from zero; what is resident stays."""
-        mover = self.mover
-        self._stalled_before = self.device.stalls().get(WAIT_EXPERTS, 0.0)
-        if mover is not None:
+        self._stalled_before = self._stalled()
+        for mover in self.movers.values():
             mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
             for pool in (*mover.cache.pools, *mover.transport.pools):
                 pool.counters = Counters()
@@ -250,29 +213,38 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _second_device(self) -> Device:
+        self._resources.insert(0, second_device(self.options))
+        return self._resources[0]
+
     def _load(self) -> None:
-        o, c = self.options, self.config
-        self.weights = load_dense(self.device, self.file, c, self.views, o.progress)
-        self.mover, driven, reason = None, None, ""
-        if c.is_moe:
-            layout = expert_layout(self.file, self.views, c.block_count, c.expert_count)
-            store = open_store(self.file, layout, o.store, o.direct_io)
-            if o.decode == "device":
-                driven, reason = place_resident(self.device, store, c.expert_used_count, o.cache)
-            else:
-                self.mover, reason = place_experts(
-                    self.device, store, c.expert_used_count, o.cache, o.policy, o.reads_in_flight, o.host_cache
-                )
-            self._resources.append(store)
-        self.placement = Placement.of(self.weights.nbytes, self.mover, reason)
+        o, c, split = self.options, self.config, self.split
+        self.weights = w = load_dense(split, self.file, c, self.views, o.progress)
+        self.movers: dict[str, ExpertMover] = {}
+        layout, driven = expert_layout(self.file, self.views, c.block_count, c.expert_count), None
+        self.stores = stores = open_stores(split, self.file, layout, o, self._resources)
+        if o.decode == "device" and stores:
+            driven, reason = place_resident(self.device, stores[split.main], c.expert_used_count, o.cache)
+        else:
+            self.movers, reason = place_movers(split, stores, c.expert_used_count, o)
+        self.mover = self.movers.get(split.main)
+        self.placement = Placement.of(split, w.nbytes, self.movers, reason)
         capacity = o.ctx_size or min(DEFAULT_CONTEXT, c.context_length)
-        self.kv = DeviceKV(self.device, c, capacity, o.cache_type_k, o.cache_type_v)
-        parts: Any = (self.device, c, self.weights, self.mover, PREFETCHERS[o.prefetch]())
-        self.forward = Forward(*parts)
-        if driven is not None:
-            self.placement = driven.placement(self.weights.nbytes, store.how, reason)
-            self.forward = DrivenForward(*parts, experts=driven)
+        homes = [split.devices[at] for at in split.homes[:-1]]
+        self.kv = DeviceKV(homes, c, capacity, o.cache_type_k, o.cache_type_v)
+        self.forward: Any
+        prefetcher = PREFETCHERS[o.prefetch]()
+        if split.is_divided:
+            self.forward = TwoDevices(split, self.movers, c, w, prefetcher)
+        elif driven is not None:
+            self.placement = driven.placement(w.nbytes[split.main], stores[split.main].how, reason)
+            self.forward = DrivenForward(self.device, c, w, None, prefetcher, experts=driven)
+        else:
+            self.forward = Forward(self.device, c, w, self.mover, prefetcher)
         self.reset_stats()
+
+    def _stalled(self) -> float:
+        return sum(device.stalls().get(WAIT_EXPERTS, 0.0) for device in self.split.devices.values())
 
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = check_ids(tokens, self.config.vocab_size)
@@ -282,12 +254,19 @@ class Engine:
             )
         return ids
 
-    def _timed(self, ids: np.ndarray, last_only: bool, is_prompt: bool) -> np.ndarray:
+    def _offer(self, ids: np.ndarray, sampler: Sampler, is_prompt: bool) -> Offer:
+        """Feed ``ids`` [T], at most ``_step``; a device with memory of its own finds the logits that count."""
+        count = 0 if self.device.is_unified else deciding(sampler, self.config.vocab_size)
+        if not count:
+            return Offer(self._timed(ids, True, is_prompt)[-1])
+        return self._timed(ids, True, is_prompt, partial(self.forward.largest, count=count))
+
+    def _timed(self, ids: np.ndarray, last_only: bool, is_prompt: bool, run: Callable[..., Any] | None = None) -> Any:
         """One pass; on any failure the pipeline is emptied first, so that the engine stays usable."""
         with self._used_alone():
             start = time.perf_counter()
             try:
-                logits = self.forward(ids, self.kv, last_only)
+                logits = run(ids, self.kv) if run else self.forward(ids, self.kv, last_only)
             except BaseException:
                 self._recover()
                 raise
@@ -310,18 +289,17 @@ class Engine:
     def _count(self, tokens: int, seconds: float, is_prompt: bool) -> None:
         s = self._stats
         if is_prompt:
-            self._stats = replace(
-                s, prompt_tokens=s.prompt_tokens + tokens, prompt_seconds=s.prompt_seconds + seconds
-            )
+            self._stats = replace(s, prompt_tokens=s.prompt_tokens + tokens, prompt_seconds=s.prompt_seconds + seconds)
         else:
             self._stats = replace(
                 s, generated_tokens=s.generated_tokens + tokens, generated_seconds=s.generated_seconds + seconds
             )
 
     def _recover(self) -> None:
-        self.device.recover()
-        if self.mover is not None:
-            self.mover.recover()
+        for device in self.split.devices.values():
+            device.recover()
+        for mover in self.movers.values():
+            mover.recover()
 
 
 def _close_all(resources: list[Any]) -> None:

@@ -17,6 +17,7 @@ from moe_cupy.cache import Scores
 from moe_cupy.device.base import Device
 from moe_cupy.engine import networks
 from moe_cupy.engine.block import Block, Pass, Scratch
+from moe_cupy.engine.choosing import Offer
 from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
 from moe_cupy.engine.weights import DenseWeights
@@ -25,6 +26,7 @@ from moe_cupy.store import MATRICES
 from moe_ref.attention import softmax, temperature
 from moe_ref.config import ModelConfig
 from moe_ref.model import divisors
+from moe_ref.quants import dequantize
 from moe_ref.rope import Rope, scaled_tables
 
 WAIT_EXPERTS = "expert load"
@@ -69,35 +71,68 @@ class Forward:
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
         """Logits [T, vocab] (or [1, vocab] of the last token) for tokens int64 [T] that follow ``kv.length``."""
-        return self._fetched_logits(self._pass(self._begin(tokens, kv), last_only))
+        return self._fetched_logits(self._launched(tokens, kv, last_only))
+
+    def largest(self, tokens: np.ndarray, kv: Any, count: int) -> Offer:
+        """The ``count`` largest logits of the last token; the others stay on the device."""
+        return self._best(self._launched(tokens, kv, True), count)
+
+    def _best(self, logits: Any, count: int) -> Offer:
+        """The ``count`` largest of logits [1, vocab] in device memory.
+
+        All of them if one of the largest is not finite, as a NaN makes it: whoever chooses has to see that.
+        """
+        values, ids = self._decode_scratch("best", 1, count), self._decode_scratch("best ids", 1, count, dtype=np.int32)
+        self._launch("top_k", logits=logits, values=values, ids=ids)
+        best, which = (self.device.fetch(name, a, self.stream) for name, a in (("best", values), ("best ids", ids)))
+        self.stream.record().synchronize()
+        if not np.isfinite(best).all():
+            return Offer(self._fetched_logits(logits)[0])
+        return Offer(best[0].copy(), which[0].copy())
+
+    def _launched(self, tokens: np.ndarray, kv: Any, last_only: bool) -> Any:
+        """Logits in device memory, once the stream has come there."""
+        return self._pass(self._begin(tokens, kv), last_only)
 
     def _pass(self, run: Pass, last_only: bool) -> Any:
         """All launches of a pass: logits [T or 1, vocab] in device memory."""
-        self._launch("embed", table=self.weights.token_embd, ids=run.ids, out=run.x)
-        if self.config.embedding_scale != 1.0:
-            self._launch("scale", x=run.x, factor=self.config.embedding_scale)
         for layer, w in zip(self.config.layers, self.weights.layers, strict=True):
-            block = Block(run, layer, w)
-            self._mix(block)
-            if layer.is_moe:
-                self._moe(block)
-            else:
-                networks.dense(block)
-            if "layer_output_scale" in w.scales:
-                self._launch("scale", x=run.x, factor=float(w.scales["layer_output_scale"][0]))
+            self._layer(Block(run, layer, w))
         return self._head(run, run.x[-1:] if last_only else run.x)
 
+    def _layer(self, block: Block) -> None:
+        self._mix(block)
+        if block.layer.is_moe:
+            self._moe(block)
+        else:
+            networks.dense(block)
+        if "layer_output_scale" in block.weights.scales:
+            self._launch("scale", x=block.run.x, factor=float(block.weights.scales["layer_output_scale"][0]))
+
     def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
-        """Room for the residual stream, and what depends on ids and positions alone, sent to the device."""
+        """The residual stream as it begins, and what depends on positions alone, sent to the device."""
         c = self.config
         scratch = self._decode_scratch if len(tokens) == 1 else Scratch(self.device, self.stream)
         positions = kv.length + np.arange(len(tokens))
         heat = {layer.index: temperature(c, layer, positions) for layer in c.layers} if c.temperature else {}
         return Pass(
             config=c, launch=self._launch, scratch=scratch, kv=kv, tables=self._tables(positions, scratch),
-            ids=scratch.put("tokens", tokens.astype(np.int32)), x=scratch("x", len(tokens), c.embedding_length),
+            x=self._embedded(tokens, scratch),
             temperature={i: scratch.put(f"heat {i}", t.astype(np.float32)) for i, t in heat.items() if t is not None},
         )  # fmt: skip
+
+    def _embedded(self, tokens: np.ndarray, scratch: Scratch) -> Any:
+        """Rows [T, D] of the embedding: by the device, or in host memory where the table stayed there, and sent."""
+        c, table = self.config, self.weights.token_embd
+        if self.weights.looks_up:
+            rows = table.data.reshape(table.rows, -1)[tokens]
+            values = dequantize(rows, table.type, (len(tokens), table.cols), "token_embd.weight")
+            return scratch.put("x", values * np.float32(c.embedding_scale))
+        x = scratch("x", len(tokens), c.embedding_length)
+        self._launch("embed", table=table, ids=scratch.put("tokens", tokens.astype(np.int32)), out=x)
+        if c.embedding_scale != 1.0:
+            self._launch("scale", x=x, factor=c.embedding_scale)
+        return x
 
     def _distinct_rotations(self) -> dict[tuple[Rope, str | None], list[int]]:
         """Kinds of rotary positions, with the tensor that divides their frequencies, and the layers of each."""
@@ -124,7 +159,7 @@ class Forward:
         weight, bias = w.output_norm
         centred = c.quirks.norm == "layer"
         self._launch("norm", x=x, weight=weight, bias=bias, epsilon=c.norm_epsilon, centred=centred, out=x)
-        self._launch("linear", x=x, out=logits, **w.output.arguments())
+        run.product("linear", x, logits, w.output)
         if c.logit_scale != 1.0:
             self._launch("scale", x=logits, factor=1 / c.logit_scale)
         if c.final_logit_softcapping:
@@ -163,35 +198,48 @@ class Forward:
         routes = self._fetched(layer, ids, weights, logits, ahead)
         routed = self.stream.record()
         parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
-        given = weights if c.quirks.weigh == "input" else None
-        extra = block.weights.of_experts()
-        buffers = {"x": h, "ids": ids, "parts": parts, "weights": given, "activation": c.quirks.activation, **extra}
+        buffers = self._expert_buffers(block, h, ids, weights) | {"parts": parts}
         routed.synchronize()  # the routes are on the host now
+        expected = self._told(layer, routes)
+        others = self._experts(layer, routes, expected, buffers, partial(networks.beside, block, h))
+        networks.join(block, parts, weights, others)
+
+    def _expert_buffers(self, block: Block, h: Any, ids: Any, weights: Any) -> dict[str, Any]:
+        """What the op ``experts`` takes beside matrices: h [T, D], ids and weights [T, k]."""
+        given = weights if self.config.quirks.weigh == "input" else None
+        kind, extra = self.config.quirks.activation, block.weights.of_experts()
+        return {"x": h, "ids": ids, "weights": given, "activation": kind, **extra}
+
+    def _told(self, layer: int, routes: Routes) -> Sequence[int]:
+        """Show the routes to whoever wants to see them; the experts that the next layer is expected to use."""
         if self.observe is not None:
             self.observe(layer, routes)
         if self.prefetcher.predicts:
             self.prefetcher.observe(layer, routes.ids.tolist())
         guess = [] if routes.ahead is None else routes.ahead.tolist()
-        expected = self.prefetcher.predict(guess) if self._leads_on(layer) else []
-        others = self._experts(block, routes, expected, buffers)
-        networks.join(block, parts, weights, others)
+        return self.prefetcher.predict(guess) if self._leads_on(layer) else []
 
     def _fetched(self, layer: int, ids: Any, weights: Any, logits: Any, ahead: Any) -> Routes:
         """The routes in host memory, valid after the stream's next event; what nobody asks for is left behind."""
-        asked = self.observe is not None or self._wants_scores(layer, len(ids))
         fetch = partial(self.device.fetch, stream=self.stream)
+        asked = self._asks(layer, len(ids))
         told = (fetch("weights", weights), fetch("router", logits)) if asked else (NOTHING, NOTHING)
         return Routes(fetch("ids", ids), told[0], told[1], None if ahead is None else fetch("ahead", ahead))
 
-    def _experts(self, block: Block, routes: Routes, expected: Sequence[int], buffers: dict[str, Any]) -> Any:
-        """Launch the experts that were chosen; returns what is beside them, computed while the first are loaded."""
+    def _asks(self, layer: int, n_tokens: int) -> bool:
+        """Whether anybody on the host wants more of the routes than ids."""
+        return self.observe is not None or self._wants_scores(layer, n_tokens)
+
+    def _experts(
+        self, layer: int, routes: Routes, expected: Sequence[int], buffers: dict[str, Any], meanwhile: Callable[[], Any]
+    ) -> Any:
+        """Launch the experts that were chosen; returns what ``meanwhile`` does, while the first are loaded."""
         assert self.mover is not None
-        layer = block.layer.index
         waves = self.mover.waves(layer, distinct(routes.ids))
         if not self.device.is_unified:  # such a device cannot look into memory of its own to group tokens by experts
             buffers |= {"on_host": routes.ids, "first": True}
         held = self.mover.acquire(layer, waves[0], scores=self._scores(layer, routes))
-        others = networks.beside(block, buffers["x"])
+        others = meanwhile()
         for following in (*waves[1:], None):
             if following is None and expected:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})

@@ -3,44 +3,64 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_cupy.device.base import Device
 from moe_ref.config import ModelConfig
+from moe_ref.kv_types import kept_as
 from moe_ref.layers import Layer
 
-KV_TYPES: dict[str, type] = {"f32": np.float32, "f16": np.float16}
+KV_TYPES: dict[str, type] = {"f32": np.float32, "f16": np.float16, "q8_0": np.uint8}
+BLOCK, BLOCK_BYTES = 32, 34  # of q8_0: numbers and bytes
 Shape = tuple[int, ...]
 
 
 class DeviceKV:
-    """``length`` tokens seen of at most ``capacity``. Raises ValueError for an unknown type or too little memory.
+    """``length`` tokens seen of at most ``capacity``. Raises ValueError for types that cannot be, or too little memory.
 
+    ``homes`` are the devices of the layers, each of which keeps its layers' part.
     Keys and values of a token are written where they stay; until ``advance`` counts it, a pass can be run again.
     A recurrent layer has one state, so it has it twice: a pass reads one and writes the other, ``advance`` exchanges
     them. An empty sequence reads zeros instead, so ``reset`` touches no memory.
     """
 
-    def __init__(self, device: Device, c: ModelConfig, capacity: int, type_k: str, type_v: str):
-        self.length, self.capacity = 0, capacity
+    def __init__(self, homes: Sequence[Device], c: ModelConfig, capacity: int, type_k: str, type_v: str):
+        self.length, self.capacity, self.types = 0, capacity, (type_k, type_v)
+        types = self.types
+        for device in {id(device): device for device in homes}.values():
+            _check_types(device, c, type_k, type_v)
         kept = [_kept_shapes(c, layer, capacity) for layer in c.layers]
-        per_context = sum(_bytes(s, kind) for shapes in kept for s, kind in zip(shapes, (type_k, type_v), strict=False))
+        per_context = [sum(_bytes(s, kind) for s, kind in zip(shapes, types, strict=False)) for shapes in kept]
         states = [_state_shapes(c) if layer.mixer == "delta" else () for layer in c.layers]
-        fixed = 3 * sum(4 * math.prod(shape) for shapes in states for shape in shapes)
-        self.nbytes = per_context + fixed
-        self._check(device.memory()[0] - fixed, per_context)
+        fixed = [3 * sum(4 * math.prod(shape) for shape in shapes) for shapes in states]
+        self.nbytes = sum(per_context) + sum(fixed)
+        for device in {id(device): device for device in homes}.values():
+            mine = [i for i, home in enumerate(homes) if home is device]
+            self._check(device.memory()[0] - sum(fixed[i] for i in mine), sum(per_context[i] for i in mine))
         self._layers = [
-            tuple(_array(device, s, kind) for s, kind in zip(shapes, (type_k, type_v), strict=False)) for shapes in kept
+            tuple(_array(device, s, kind) for s, kind in zip(shapes, types, strict=False))
+            for device, shapes in zip(homes, kept, strict=True)
         ]
         self._states = [
-            tuple(tuple(_array(device, shape, "f32") for shape in shapes) for _ in range(3)) for shapes in states
+            tuple(tuple(_array(device, shape, "f32") for shape in shapes) for _ in range(3))
+            for device, shapes in zip(homes, states, strict=True)
         ]
         self._current = 0
+        rank = c.mla.kv_lora_rank if c.mla is not None else 0
+        self._rotations = [(how.key_rotation, how.value_rotation) for how in kept_as(c.layers, type_k, type_v, rank)]
+
+    def rotations(self, index: int) -> tuple[int, int]:
+        """How many neighbours of a layer's keys (and queries), and of its values, are rotated together; 0: none."""
+        return self._rotations[index]
 
     def layer(self, index: int) -> tuple[Any, Any]:
-        """Keys [capacity, G, K] and values [capacity, G, V] of a layer; latent attention has one array for both."""
+        """Keys [capacity, G, K] and values [capacity, G, V] of a layer; latent attention has one array for both.
+
+        Of q8_0, blocks: uint8 [capacity, G, K / 32 * 34].
+        """
         kept = self._layers[index]
         return kept[0], kept[-1]
 
@@ -48,6 +68,11 @@ class DeviceKV:
         """Of a recurrent layer (last inputs [C - 1, channels], matrices [H, S, S]): to be read, and to be written."""
         zeros, *both = self._states[index]
         return (both[self._current] if self.length else zeros), both[1 - self._current]
+
+    def line(self) -> str:
+        """Its size as a person reads it, in the report of the placement."""
+        types = "/".join(dict.fromkeys(self.types))
+        return f"KV cache     {self.nbytes / 2**20:9.1f} MiB  {self.capacity} tokens, {types}"
 
     @property
     def parity(self) -> int:
@@ -68,7 +93,7 @@ class DeviceKV:
             fits = self.capacity * max(0, free) // wanted
             raise ValueError(
                 f"-c {self.capacity}: the KV cache would take {wanted / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
-                f"free; use at most -c {fits}, or -ctk f16 -ctv f16"
+                f"free; use at most -c {fits}, or -ctk q8_0 -ctv q8_0"
             )
 
 
@@ -89,12 +114,34 @@ def _state_shapes(c: ModelConfig) -> tuple[Shape, ...]:
     return (d.conv_kernel - 1, channels), (d.time_step_rank, d.state_size, d.state_size)
 
 
+def _check_types(device: Device, c: ModelConfig, type_k: str, type_v: str) -> None:
+    """Refuse in one line what no kernel serves."""
+    for flag, kind in (("-ctk", type_k), ("-ctv", type_v)):
+        if kind not in KV_TYPES:
+            raise ValueError(f"{flag}: KV cache type {kind!r} is not supported; supported: {', '.join(KV_TYPES)}")
+    given = f"-ctk {type_k} -ctv {type_v}"
+    if c.mla is not None and type_k != type_v:
+        raise ValueError(f"{given}: this model caches one vector as both; give both the same type")
+    if type_k != type_v and not device.is_unified:
+        raise ValueError(f"{given}: kernels of the {device.name} device take keys and values of one type")
+    for layer in c.layers:
+        for flag, kind, shape in zip(("-ctk", "-ctv"), (type_k, type_v), _kept_shapes(c, layer, 1), strict=False):
+            if kind == "q8_0" and shape[-1] % BLOCK:
+                raise ValueError(
+                    f"{flag} q8_0: its blocks of {BLOCK} do not divide the {shape[-1]} numbers that layer "
+                    f"{layer.index} caches of a head; use f16 or f32"
+                )
+
+
+def _stored(shape: Shape, kind: str) -> Shape:
+    """As it is in memory: of q8_0, the bytes of the last axis' blocks."""
+    return (*shape[:-1], shape[-1] // BLOCK * BLOCK_BYTES) if kind == "q8_0" else shape
+
+
 def _bytes(shape: Shape, kind: str) -> int:
-    if kind not in KV_TYPES:
-        raise ValueError(f"KV cache type {kind!r} is not supported; supported: {', '.join(KV_TYPES)}")
-    return math.prod(shape) * np.dtype(KV_TYPES[kind]).itemsize
+    return math.prod(_stored(shape, kind)) * np.dtype(KV_TYPES[kind]).itemsize
 
 
 def _array(device: Device, shape: Shape, kind: str) -> Any:
     memory = device.upload(np.zeros(_bytes(shape, kind), np.uint8))  # its pages are taken now, not as the text grows
-    return memory.view(KV_TYPES[kind]).reshape(shape)
+    return memory.view(KV_TYPES[kind]).reshape(_stored(shape, kind))

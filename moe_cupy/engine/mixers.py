@@ -70,8 +70,15 @@ def placed(block: Block, y: Any, part: str) -> None:
 
 
 def attend(block: Block, q: Any, keys: tuple[Any, Any], past: tuple[Any, Any], width: int) -> Any:
-    """Store the new keys and values, both given as (cache, new), and mix what q sees: [T, H, width]."""
+    """Store the new keys and values, both given as (cache, new), and mix what q sees: [T, H, width].
+
+    A quantized cache holds them rotated, which spreads outliers: queries are turned likewise, the mixture back.
+    """
     layer, run = block.layer, block.run
+    by_key, by_value = run.kv.rotations(layer.index)
+    for x, count in ((q, by_key), (keys[1], by_key), (past[1], by_value)):
+        if count:
+            block.launch("hadamard", x=x, count=count)
     block.launch("kv_store", cache=keys[0], new=keys[1], position=run.kv.length)
     if past[0] is not keys[0]:
         block.launch("kv_store", cache=past[0], new=past[1], position=run.kv.length)
@@ -81,6 +88,8 @@ def attend(block: Block, q: Any, keys: tuple[Any, Any], past: tuple[Any, Any], w
         chunked=layer.chunked, sinks=block.weights.vectors.get("attn_sinks.weight"),
         temperature=run.temperature.get(layer.index),
     )  # fmt: skip
+    if by_value:
+        block.launch("hadamard", x=out, count=by_value)
     return out
 
 

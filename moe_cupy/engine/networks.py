@@ -38,7 +38,7 @@ def router_logits(block: Block, ahead: str = "") -> tuple[Any, Any]:
     else:
         seen = h = block.norm(x, c.quirks.ffn_norm, block.buffer(ahead + "h", c.embedding_length))
     logits = block.buffer(ahead + "router", c.expert_count)
-    block.launch("linear", x=seen, out=logits, **block.weights.linears["ffn_gate_inp"].arguments())
+    block.run.product("linear", seen, logits, block.weights.linears["ffn_gate_inp"])
     return h, logits
 
 

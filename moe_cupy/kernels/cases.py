@@ -75,15 +75,17 @@ def heads_case(rng: np.random.Generator, kind: str, cols: int, extra: dict[str, 
     return Case("linear_heads", f"{kind} 2x3x{cols}x5 {list(extra)}", buffers, ("out",), lambda: {"out": error})
 
 
-def experts_case(rng: np.random.Generator, kind: str, width: int, activation: str, full: bool) -> Case:
+def experts_case(
+    rng: np.random.Generator, kind: str, width: int, activation: str, full: bool, n_tokens: int = 4
+) -> Case:
     """Two of five routed experts, all matrices of one type; ``full`` has scales, biases and weights of the input."""
-    wanted, ids = np.array([3, 1]), np.argsort(rng.random((4, 5)), axis=1)[:, :3].astype(np.int32)
+    wanted, ids = np.array([3, 1]), np.argsort(rng.random((n_tokens, 5)), axis=1)[:, :3].astype(np.int32)
     three = {name: [random_matrix(rng, kind, width, width) for _ in wanted] for name in ("gate", "up", "down")}
-    x, weights = normal(rng, 4, width) * 2, np.abs(normal(rng, 4, 3)) if full else None
+    x, weights = normal(rng, n_tokens, width) * 2, np.abs(normal(rng, n_tokens, 3)) if full else None
     factors = {"down": (0.5, 1.5, 2, 1, 3), "up": (2, 0.75, 1, 0.25, 1)} if full else {}
     scales = {name: np.array(values, np.float32) for name, values in factors.items()}
     biases = {name: normal(rng, 5, width) for name in three} if full else {}
-    parts = np.zeros((4, 3, width), np.float32)
+    parts = np.zeros((n_tokens, 3, width), np.float32)
     error = np.zeros(parts.shape)
     for i, e in enumerate(wanted):
         t, r = np.nonzero(ids == e)
@@ -91,7 +93,7 @@ def experts_case(rng: np.random.Generator, kind: str, width: int, activation: st
         own = {n: w[i] for n, w in three.items()}, activation, {n: s[e] for n, s in scales.items()}
         error[t, r] = ffn_error(given, *own, {n: b[e] for n, b in biases.items()})
     buffers = {"x": x, "ids": ids, "wanted": wanted, "parts": parts, "activation": activation, "weights": weights}
-    label = f"{kind} {activation}{' with all' * full}"
+    label = f"{kind} {activation}{' with all' * full} of {n_tokens}"
     every = buffers | three | {"scales": scales, "biases": biases}
     return Case("experts", label, every, ("parts",), lambda: {"parts": error})
 
@@ -102,11 +104,13 @@ def matrix_cases(rng: np.random.Generator, kind: str) -> Iterator[Case]:
     yield from linear_cases(rng, kind, 3 * block, 37)
     yield heads_case(rng, kind, block, {})
     yield experts_case(rng, kind, block, "silu", False)
+    yield experts_case(rng, kind, block, "silu", False, n_tokens=11)
     if kind == "F32":
         yield heads_case(rng, kind, block, {"scale": np.array([0.5, -2, 3], np.float32), "bias": normal(rng, 3, 5)})
         for activation in ACTIVATIONS:
             yield experts_case(rng, kind, block, activation, False)
             yield experts_case(rng, kind, block, activation, True)
+            yield experts_case(rng, kind, block, activation, True, n_tokens=11)
 
 
 def all_cases(formats: tuple[str, ...], seed: int = 0) -> Iterator[Case]:

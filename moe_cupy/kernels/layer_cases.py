@@ -11,6 +11,7 @@ import numpy as np
 from moe_cupy.kernels.case import Case
 from moe_cupy.kernels.samples import U, normal, unset
 from moe_ref.experts import ACTIVATIONS
+from moe_ref.quants import dequantize, quantize
 from moe_ref.rope import rope_tables
 
 
@@ -66,12 +67,20 @@ def rope_cases(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def attention_case(rng: np.random.Generator, shape: tuple[int, ...], n_past: int, **options: Any) -> Case:
-    """Grouped-query attention; shape is (T, H, G, K, V). "temperature", "sinks" and "shared" are drawn if named."""
+    """Grouped-query attention; shape is (T, H, G, K, V). "temperature", "sinks" and "shared" are drawn if named.
+
+    With "blocks" keys and values are Q8_0 blocks.
+    """
     t, h, g, k_width, v_width = shape
     q, k, v = normal(rng, t, h, k_width), normal(rng, 99, g, k_width), normal(rng, 99, g, v_width)
     seen, scale, heat = n_past + t, k_width**-0.5, 1.0
     if options.pop("shared", False):  # latent attention: values are the first features of what serves as keys
         v = k
+    kept = [k, v]
+    if options.pop("blocks", False):
+        stored = [quantize(a, "Q8_0") for a in (k, v)]
+        kept = [stored[0], stored[0] if v is k else stored[1]]
+        k, v = (dequantize(b, "Q8_0", a.shape) for b, a in zip(stored, (k, v), strict=True))
     if options.pop("temperature", False):
         options["temperature"] = 1 + np.abs(normal(rng, t))
         heat = float(options["temperature"].max())
@@ -83,7 +92,8 @@ def attention_case(rng: np.random.Generator, shape: tuple[int, ...], n_past: int
         score = (k_width + 4) * U * scale * heat * np.einsum("thk,shk->ths", np.abs(q), keys).max()
         return {"out": (2 * score + (seen + 16) * U) * float(np.abs(v[:seen]).max())}
 
-    buffers = {"q": q, "k": k, "v": v, "n_past": n_past, "scale": scale, "out": unset(t, h, v_width), **options}
+    buffers = {"q": q, "k": kept[0], "v": kept[1], "n_past": n_past, "scale": scale, "out": unset(t, h, v_width)}
+    buffers |= options
     return Case("attention", f"{shape} after {n_past} {' '.join(options)}", buffers, ("out",), allowed)
 
 
@@ -98,9 +108,15 @@ def attention_cases(rng: np.random.Generator) -> Iterator[Case]:
     yield attention_case(rng, (7, 4, 2, 16, 16), 22, window=8, chunked=True)
     yield attention_case(rng, (5, 4, 2, 16, 16), 9, sinks=True)
     yield attention_case(rng, (5, 4, 2, 16, 16), 9, temperature=True, sinks=True, window=6)
-    for dtype in (np.float32, np.float16):
-        store = {"cache": np.zeros((9, 2, 8), dtype), "new": normal(rng, 4, 2, 8), "position": 3}
+    yield attention_case(rng, (3, 10, 2, 64, 96), 20, window=9, blocks=True)
+    yield attention_case(rng, (9, 4, 1, 96, 64), 0, shared=True, blocks=True)
+    for dtype, width in ((np.float32, 8), (np.float16, 8), (np.uint8, 96 // 32 * 34)):
+        store = {"cache": np.zeros((9, 2, width), dtype), "new": normal(rng, 4, 2, min(width, 96)), "position": 3}
         yield Case("kv_store", np.dtype(dtype).name, store, ("cache",), lambda: {"cache": 0.0})
+    for count in (64, 256):
+        x = normal(rng, 3, 512)
+        error = (np.log2(count) + 2) * U * count**-0.5 * np.abs(x).reshape(-1, count).sum(-1).max()
+        yield Case("hadamard", f"runs of {count}", {"x": x, "count": count}, ("x",), partial(dict, x=error))
 
 
 def delta_cases(rng: np.random.Generator) -> Iterator[Case]:
@@ -179,11 +195,19 @@ def combine_cases(rng: np.random.Generator) -> Iterator[Case]:
         yield Case("combine", f"5x4x24 weighted {weighted}, add {add}", buffers, ("out",), bounds)
 
 
+def top_k_cases(rng: np.random.Generator) -> Iterator[Case]:
+    """The largest, and several, of rows with ties; of one part and of several."""
+    for n, k in ((300, 1), (300, 40), (9000, 64), (40, 40)):
+        logits = np.round(normal(rng, 3, n) * 8) / np.float32(8)
+        buffers = {"logits": logits, "values": unset(3, k), "ids": np.full((3, k), -1, np.int32)}
+        yield Case("top_k", f"{k} of {n}", buffers, ("values", "ids"), lambda: {"values": 0.0, "ids": 0.0})
+
+
 def layer_cases(rng: np.random.Generator) -> Iterator[Case]:
     """Ops that read no matrix."""
     yield norm_case(rng, 96, True, False, False)
     yield norm_case(rng, 96, False, False, False)
     yield norm_case(rng, 40, True, True, False)
     yield norm_case(rng, 96, True, True, True)
-    for cases in (element_cases, rope_cases, attention_cases, delta_cases, route_cases, combine_cases):
+    for cases in (element_cases, rope_cases, attention_cases, delta_cases, route_cases, combine_cases, top_k_cases):
         yield from cases(rng)

@@ -11,8 +11,9 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_ref import deltanet
 from moe_ref.attention import attend, clamped, sigmoid, visible
 from moe_ref.experts import ACTIVATIONS, silu
+from moe_ref.kv_types import rotated
 from moe_ref.norm import l2_norm, layer_norm, rms_norm
-from moe_ref.quants import dequantize
+from moe_ref.quants import dequantize, quantize
 from moe_ref.rope import apply_rope
 from moe_ref.routing import route as ref_route
 
@@ -88,8 +89,19 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, style: str, first: int
     x[..., first:] = apply_rope(wide(x[..., first:]), cos, sin, style)
 
 
+def hadamard(x: np.ndarray, count: int) -> None:
+    x[...] = rotated(wide(x), count)
+
+
 def kv_store(cache: np.ndarray, new: np.ndarray, position: int) -> None:
-    cache[position : position + len(new)] = new
+    cache[position : position + len(new)] = quantize(new, "Q8_0") if cache.dtype == np.uint8 else new
+
+
+def kept(cache: np.ndarray) -> np.ndarray:
+    """The numbers of cache rows [S, G, .], which are float32, float16 or (uint8) Q8_0 blocks."""
+    if cache.dtype != np.uint8:
+        return wide(cache)
+    return wide(dequantize(cache, "Q8_0", (*cache.shape[:2], cache.shape[2] // 34 * 32)))
 
 
 def attention(
@@ -100,7 +112,7 @@ def attention(
     q = wide(q) if temperature is None else wide(q) * wide(temperature)[:, None, None]
     masked = visible(np.arange(n_past, seen), np.arange(seen), window, chunked)
     sinks = None if sinks is None else wide(sinks)
-    out[...] = attend(q, wide(k[:seen]), wide(v[:seen, :, : out.shape[-1]]), scale, masked, sinks)
+    out[...] = attend(q, kept(k[:seen]), kept(v[:seen])[..., : out.shape[-1]], scale, masked, sinks)
 
 
 def convolve(x: np.ndarray, before: np.ndarray, kernel: np.ndarray, after: np.ndarray, out: np.ndarray) -> None:
@@ -157,3 +169,9 @@ def experts(
 def combine(parts: np.ndarray, weights: Any, out: np.ndarray, add: bool = True) -> None:
     total = parts.sum(axis=1, dtype=np.float64) if weights is None else np.einsum("tk,tkd->td", wide(weights), parts)
     out[...] = out + total if add else total
+
+
+def top_k(logits: Any, values: Any, ids: Any) -> None:
+    seen = np.where(np.isnan(logits), np.inf, logits)
+    ids[...] = np.argsort(-seen, axis=-1, kind="stable")[:, : ids.shape[1]]
+    values[...] = np.take_along_axis(seen, ids, -1)

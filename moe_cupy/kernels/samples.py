@@ -15,7 +15,7 @@ SCALES_AT = {  # bytes of a block where its half-precision scales and minimums s
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": (),
     "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
-    "TQ1_0": (52,), "TQ2_0": (64,),
+    "TQ1_0": (52,), "TQ2_0": (64,), "NVFP4": (),
 }  # fmt: skip
 FINER = {"IQ4_NL": 8, "IQ4_XS": 8}  # their codes stand for values up to 127
 

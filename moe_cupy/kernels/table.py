@@ -41,6 +41,7 @@ OPS: dict[str, Op] = {
     "activate": Op(reference.activate, ops.activate, cuda.activate),
     "sigmoid_gate": Op(reference.sigmoid_gate, ops.sigmoid_gate, cuda.sigmoid_gate),
     "rope": Op(reference.rope, ops.rope, cuda.rope),
+    "hadamard": Op(reference.hadamard, ops.hadamard, cuda.hadamard),
     "kv_store": Op(reference.kv_store, ops.kv_store, cuda.kv_store),
     "attention": Op(reference.attention, ops.attention, cuda.attention),
     "convolve": Op(reference.convolve, ops.convolve, cuda.convolve),
@@ -48,5 +49,6 @@ OPS: dict[str, Op] = {
     "delta_rule": Op(reference.delta_rule, ops.delta_rule, cuda.delta_rule),
     "route": Op(reference.route, ops.route, cuda.route),
     "experts": Op(reference.experts, ops.experts, cuda_experts.experts),
+    "top_k": Op(reference.top_k, ops.top_k, cuda.top_k),
     "combine": Op(reference.combine, ops.combine, cuda.combine),
 }

@@ -15,9 +15,14 @@ from typing import IO, Any
 import numpy as np
 
 from moe_cupy.lab.trace import RouteTrace
+from moe_cupy.plan.mixes import types_of
+from moe_cupy.plan.shapes import facts_of
+from moe_cupy.plan.tables import table
+from moe_ref.config import load_config
 from moe_ref.gguf_write import header, padding, tensor_bytes
 from moe_ref.quants import quantize
 
+ARCHITECTURE, EMBEDDING = "qwen3moe", "token_embd.weight"
 ALIGNMENT = 32
 HEAD = 128  # width of a head
 CHOSEN, OTHERS, NOISE = (3.0, 2.0), -3.0, 0.5  # router logits: of the chosen, first to last; of all others
@@ -31,7 +36,11 @@ Tensor = tuple[str, str, tuple[int, ...]]  # name, type, shape in NumPy order
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The shape of a model to write. Raises ValueError for one that cannot be."""
+    """The shape of a model to write. Raises ValueError for one that cannot be.
+
+    ``quant`` is a mix of llama-quantize, such as Q4_K_M or Q8_0, or, where no mix is called so (Q4_K), the type of all
+    matrices but the routers, in F32, and the embedding, in F16.
+    """
 
     tokens: int
     layers: int
@@ -55,32 +64,33 @@ class Plan:
         heads = self.hidden // HEAD
         return heads, next(g for g in (4, 2, 1) if heads % g == 0)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name, in the order of the file."""
+        d, (heads, groups) = self.hidden, self.heads
+        shapes: dict[str, tuple[int, ...]] = {
+            EMBEDDING: (self.tokens, d), "output_norm.weight": (d,), "output.weight": (self.tokens, d),
+        }  # fmt: skip
+        block: dict[str, tuple[int, ...]] = {
+            "attn_norm": (d,), "ffn_norm": (d,), "attn_q_norm": (HEAD,), "attn_k_norm": (HEAD,),
+            "attn_q": (heads * HEAD, d), "attn_k": (groups * HEAD, d), "attn_v": (groups * HEAD, d),
+            "attn_output": (d, heads * HEAD), "ffn_gate_inp": (self.experts, d),
+            "ffn_gate_exps": (self.experts, self.ffn, d), "ffn_up_exps": (self.experts, self.ffn, d),
+            "ffn_down_exps": (self.experts, d, self.ffn),
+        }  # fmt: skip
+        for layer in range(self.layers):
+            shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+        return shapes
+
     def tensors(self) -> list[Tensor]:
         """Name, type and shape of every tensor, in the order of the file."""
-        d, (heads, groups) = self.hidden, self.heads
-        listed: list[Tensor] = [
-            ("token_embd.weight", "F16", (self.tokens, d)),
-            ("output_norm.weight", "F32", (d,)),
-            ("output.weight", self.quant, (self.tokens, d)),
-        ]
-        for layer in range(self.layers):
-            block = f"blk.{layer}."
-            listed += [(f"{block}{name}.weight", "F32", (d,)) for name in ("attn_norm", "ffn_norm")]
-            listed += [(f"{block}{name}.weight", "F32", (HEAD,)) for name in ("attn_q_norm", "attn_k_norm")]
-            listed += [
-                (f"{block}attn_q.weight", self.quant, (heads * HEAD, d)),
-                (f"{block}attn_k.weight", self.quant, (groups * HEAD, d)),
-                (f"{block}attn_v.weight", self.quant, (groups * HEAD, d)),
-                (f"{block}attn_output.weight", self.quant, (d, heads * HEAD)),
-                (f"{block}ffn_gate_inp.weight", "F32", (self.experts, d)),
-                (f"{block}ffn_gate_exps.weight", self.quant, (self.experts, self.ffn, d)),
-                (f"{block}ffn_up_exps.weight", self.quant, (self.experts, self.ffn, d)),
-                (f"{block}ffn_down_exps.weight", self.quant, (self.experts, d, self.ffn)),
-            ]
-        return listed
+        shapes, is_mix = self.shapes(), self.quant in table("mixes")
+        config = load_config(self.keys() | {"general.architecture": ARCHITECTURE}, self.tokens)
+        types = types_of(shapes, self.quant if is_mix else "F16", facts_of(config, shapes))
+        own = {name for name, kind in types.items() if kind == "F16" and name != EMBEDDING and not is_mix}
+        return [(name, self.quant if name in own else types[name], shape) for name, shape in shapes.items()]
 
-    def metadata(self, name: str) -> dict[str, bytes]:
-        """Keys of a qwen3moe file with a vocabulary of numbers."""
+    def keys(self) -> dict[str, Any]:
+        """Metadata that describes the shape."""
         heads, groups = self.heads
         values = {
             "block_count": self.layers, "context_length": max(4096, self.tokens), "embedding_length": self.hidden,
@@ -89,16 +99,18 @@ class Plan:
             "rope.freq_base": 1e6, "attention.layer_norm_rms_epsilon": 1e-6, "expert_count": self.experts,
             "expert_used_count": self.used, "vocab_size": self.tokens,
         }  # fmt: skip
+        return {f"{ARCHITECTURE}.{key}": value for key, value in values.items()}
+
+    def metadata(self, name: str) -> dict[str, bytes]:
+        """Keys of a file with a vocabulary of numbers, encoded."""
         general = {
-            "general.architecture": "qwen3moe", "general.name": name, "general.alignment": ALIGNMENT,
+            "general.architecture": ARCHITECTURE, "general.name": name, "general.alignment": ALIGNMENT,
             "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
             "tokenizer.ggml.tokens": [f"<{i}>" for i in range(self.tokens)],
             "tokenizer.ggml.token_type": [1] * self.tokens, "tokenizer.ggml.merges": ["a b"],
             "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": self.tokens - 1,
         }  # fmt: skip
-        return {key: value_bytes(v) for key, v in general.items()} | {
-            f"qwen3moe.{key}": value_bytes(v) for key, v in values.items()
-        }
+        return {key: value_bytes(value) for key, value in (general | self.keys()).items()}
 
 
 def value_bytes(value: Any) -> bytes:
@@ -124,21 +136,21 @@ class Weights:
         self.plan, self.trace, self.rng = plan, trace, np.random.default_rng(seed)
         square = self.rng.standard_normal((plan.hidden, plan.tokens), np.float32)
         self.embedding = np.linalg.qr(square)[0].T * np.float32(np.sqrt(plan.hidden))  # [T, D], rms of a row 1
-        self._pools: dict[tuple[int, float], np.ndarray] = {}
+        self._pools: dict[tuple[str, int, float], np.ndarray] = {}
 
     def parts(self, name: str, kind: str, shape: tuple[int, ...]) -> Iterator[bytes]:
         """The bytes of a tensor, an expert at a time where it has experts."""
         words = name.split(".")
         if words[-2].endswith("norm"):
             yield np.ones(shape, np.float32).tobytes()
-        elif name == "token_embd.weight":
+        elif name == EMBEDDING:
             yield quantize(self.embedding, kind).tobytes()
         elif words[-2] == "ffn_gate_inp":
             yield self.router(int(words[1])).tobytes()
         else:
             spread = SPREAD.get(words[-2], shape[-1] ** -0.5)
             for _ in range(shape[0] if len(shape) == 3 else 1):
-                pool = self._pool(shape[-1], spread)
+                pool = self._pool(kind, shape[-1], spread)
                 yield pool[self.rng.integers(0, len(pool), shape[-2])].tobytes()
 
     def router(self, layer: int) -> np.ndarray:
@@ -149,12 +161,12 @@ class Weights:
         np.put_along_axis(wanted, ids, np.linspace(*CHOSEN, plan.used, dtype=np.float32)[None], axis=1)
         return wanted.T @ self.embedding / np.float32(plan.hidden)
 
-    def _pool(self, width: int, spread: float) -> np.ndarray:
+    def _pool(self, kind: str, width: int, spread: float) -> np.ndarray:
         """Encoded rows [n, row bytes] of ``width`` normal weights."""
-        if (width, spread) not in self._pools:
+        if (kind, width, spread) not in self._pools:
             rows = self.rng.standard_normal((max(64, POOL_ELEMENTS // width), width), np.float32) * np.float32(spread)
-            self._pools[width, spread] = quantize(rows, self.plan.quant)
-        return self._pools[width, spread]
+            self._pools[kind, width, spread] = quantize(rows, kind)
+        return self._pools[kind, width, spread]
 
 
 def synthesise(out: IO[bytes], trace: RouteTrace, plan: Plan, seed: int, name: str = "route-replay") -> int:
@@ -164,7 +176,7 @@ def synthesise(out: IO[bytes], trace: RouteTrace, plan: Plan, seed: int, name: s
     """
     listed = plan.tensors()
     for tensor, kind, shape in listed:
-        if kind == plan.quant:
+        if kind != "F32":
             quantize(np.zeros((1, shape[-1]), np.float32), kind, tensor)
     written = out.write(header(plan.metadata(name), listed, ALIGNMENT))
     weights = Weights(plan, trace, seed)

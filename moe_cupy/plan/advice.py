@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from moe_cupy.plan.choose import make_plan
 from moe_cupy.plan.hardware import GB, GIB, Machine, pcie_bytes_s
 from moe_cupy.plan.hits import Curve
-from moe_cupy.plan.planner import Plan, Request, make_plan
+from moe_cupy.plan.planner import Plan, Request
 from moe_cupy.plan.shapes import Model, preset
 from moe_cupy.plan.tables import PlanError, table
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import comb, prod
-from typing import Any
+from math import comb
 
 from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.memory import SYSTEM_RAM, Settings, past_bytes
@@ -55,8 +54,8 @@ def gpu_terms(model: Model, machine: Machine, placement: Placement, settings: Se
     past = _past(model, placement, settings, depth, GPU)
     kernels, layers = kernel_count(model, placement)
     return [
-        _bytes_over("weights on the GPU", nbytes, rate),
-        _bytes_over(f"KV on the GPU at {depth} tokens", past, rate),
+        bytes_over("weights on the GPU", nbytes, rate),
+        bytes_over(f"KV on the GPU at {depth} tokens", past, rate),
         Term(
             "kernels",
             kernels * e["kernel_us"] * 1e-6,
@@ -66,10 +65,10 @@ def gpu_terms(model: Model, machine: Machine, placement: Placement, settings: Se
 
 
 def kernel_count(model: Model, placement: Placement) -> tuple[int, int]:
-    """Kernels of all layers whose past is on the GPU, and the number of those layers."""
+    """Kernels of all layers on the GPU, and the number of those layers."""
     kinds: dict[str, int] = table("engines")["gpu"]["kernels"]
     moe = set(model.moe_layers)
-    layers = [i for i, at in enumerate(placement.pasts) if at == GPU]
+    layers = [i for i, at in enumerate(placement.homes) if at == GPU]
     return sum(kinds[model.pasts[i].mixer] + kinds["moe" if i in moe else "dense"] for i in layers), len(layers)
 
 
@@ -79,13 +78,14 @@ def cpu_terms(model: Model, machine: Machine, placement: Placement, settings: Se
     there = placement.on(CPU, model.tensors)
     nbytes = sum(model.read_per_token(t) for t in there) + (not placement.tied_copy) * model.tied_bytes
     past = _past(model, placement, settings, depth, CPU)
-    terms = [_bytes_over("weights in host memory, by the CPU", nbytes, machine.ram_practical)]
+    terms = [bytes_over("weights in host memory, by the CPU", nbytes, machine.ram_practical)]
     if past:
-        terms.append(_bytes_over(f"KV in host memory at {depth} tokens", past, machine.ram_practical))
+        terms.append(bytes_over(f"KV in host memory at {depth} tokens", past, machine.ram_practical))
     by_cpu = {t.layer for t in there if t.layer is not None}
     steps = len(by_cpu)
     terms.append(Term("threads meet", steps * e["step_us"] * 1e-6, f"{steps} layers x {e['step_us']} us"))
-    handed = sum(1 for layer in by_cpu if placement.pasts[layer] == GPU)
+    handed = sum(1 for layer in by_cpu if placement.homes[layer] == GPU)
+    handed += sum(h != p for h, p in zip(placement.homes, placement.pasts, strict=True))  # -nkvo: attention there too
     if handed:
         terms.append(
             Term("GPU to CPU and back", handed * e["split_us"] * 1e-6, f"{handed} layers x {e['split_us']} us")
@@ -105,7 +105,7 @@ def disk_term(model: Model, machine: Machine, there: Sequence[Tensor], hit: Call
     read = missed * routed * model.used_share + max(0, -room)
     rate = machine.disk_read * table("engines")["disk"]["page_cache_efficiency"]
     name = f"from disk: host memory holds {share:.0%} of these experts, {missed:.0%} of a token's are missing"
-    return _bytes_over(name, read, rate)
+    return bytes_over(name, read, rate)
 
 
 def static_decode(
@@ -139,7 +139,7 @@ def cached_decode(
     terms = gpu_terms(model, machine, placement, settings, depth)
     active = sum(model.read_per_token(t) for t in model.tensors if t.part == "routed")
     rate = machine.gpu.bandwidth * e["gpu"]["bandwidth_efficiency"]
-    terms.append(_bytes_over(f"resident experts, {cache.hit_rate:.1%} of a token's", active * cache.hit_rate, rate))
+    terms.append(bytes_over(f"resident experts, {cache.hit_rate:.1%} of a token's", active * cache.hit_rate, rate))
     ways = {"load": _loaded, "cpu": _computed_by_cpu}
     chosen = ways if cache.misses == "best" else {cache.misses: ways[cache.misses]}
     options = [way(model, machine, active * (1 - cache.hit_rate), cache) for way in chosen.values()]
@@ -155,8 +155,8 @@ def _loaded(model: Model, machine: Machine, missing: float, cache: Cache) -> lis
     layers = len(model.moe_layers)
     copies = way["copies"] * missing / model.expert_bytes
     return [
-        _bytes_over("missing experts over PCIe", missing, link),
-        Term("copies begin", copies * way["copy_us"] * 1e-6, f"{copies:.0f} copies x {way['copy_us']} us"),
+        bytes_over("missing experts over PCIe", missing, link),
+        Term("copies begin", copies * way["copy_us"] * 1e-6, f"{copies:.4g} copies x {way['copy_us']} us"),
         Term("decisions", layers * way["round_trip_us"] * 1e-6, f"{layers} layers x {way['round_trip_us']} us"),
     ]
 
@@ -168,8 +168,8 @@ def _computed_by_cpu(model: Model, machine: Machine, missing: float, cache: Cach
     missed = layers * (1 - cache.hit_rate**model.expert_used_count)  # layers of which at least one expert is missing
     each = e["step_us"] + e["split_us"]
     return [
-        _bytes_over("missing experts, by the CPU", missing, machine.ram_practical),
-        Term("GPU to CPU and back", missed * each * 1e-6, f"{missed:.1f} layers with a miss x {each} us"),
+        bytes_over("missing experts, by the CPU", missing, machine.ram_practical),
+        Term("GPU to CPU and back", missed * each * 1e-6, f"{missed:.4g} layers with a miss x {each} us"),
         Term("decisions", layers * way["round_trip_us"] * 1e-6, f"{layers} layers x {way['round_trip_us']} us"),
     ]
 
@@ -181,7 +181,7 @@ def cache_disk_term(model: Model, machine: Machine, cache: Cache, hit: Callable[
         return None
     missed = min(1 - cache.hit_rate, 1 - hit(max(0.0, room / model.routed_bytes)))
     read = missed * model.routed_bytes * model.used_share
-    return _bytes_over(f"from disk, {missed:.0%} of a token's experts", read, machine.disk_practical)
+    return bytes_over(f"from disk, {missed:.0%} of a token's experts", read, machine.disk_practical)
 
 
 def waiting(missed: float, used: int, read_s: float, compute_s: float) -> float:
@@ -204,15 +204,17 @@ def host_decode(model: Model, machine: Machine, hit_rate: float) -> list[Term]:
     rate = 1e9 * measured["weights_gbps"] if "weights_gbps" in measured else machine.ram_practical
     nbytes = sum(model.read_per_token(t) for t in model.tensors) + model.tied_bytes
     terms = [
-        _bytes_over("weights, by the CPU", nbytes, rate),
-        Term("layers", model.layers * layer_us * 1e-6, f"{model.layers} layers x {layer_us:.0f} us"),
+        bytes_over("weights, by the CPU", nbytes, rate),
+        Term("layers", model.layers * layer_us * 1e-6, f"{model.layers} layers x {layer_us:.4g} us"),
     ]
     if model.experts and hit_rate < 1:
         layers, k, expert = len(model.moe_layers), model.expert_used_count, model.expert_bytes
         wait = waiting(1 - hit_rate, k, expert / machine.disk_practical, expert / rate)
         disk = machine.disk_practical / 1e9
-        text = (f"{layers} layers x E[max(0, m x {size_text(expert)} / {disk:.2f} GB/s - {k - 1} x "
-                f"{1e3 * expert / rate:.2f} ms)], m of {k} missing, each with {1 - hit_rate:.1%}")  # fmt: skip
+        text = (
+            f"{layers} layers x {1e6 * wait:.4g} us, the mean of max(0, m x {size_text(expert, 4)} / {disk:.4g} GB/s - "
+            f"{k - 1} x {1e6 * expert / rate:.4g} us), m of {k} missing, each with {1 - hit_rate:.3%}"
+        )
         terms.append(Term("waiting for experts from disk", layers * wait, text))
     return terms
 
@@ -222,66 +224,20 @@ def _past(model: Model, placement: Placement, settings: Settings, depth: int, de
     return sum(past_bytes(past, depth, settings, read=True) for past, at in pairs if at == device)
 
 
-def _bytes_over(name: str, nbytes: float, rate: float) -> Term:
-    return Term(name, nbytes / rate, f"{size_text(nbytes)} / {rate / 1e9:.1f} GB/s")
+def bytes_over(name: str, nbytes: float, rate: float) -> Term:
+    return Term(name, nbytes / rate, f"{size_text(nbytes, 4)} / {rate / 1e9:.4g} GB/s")
 
 
-def size_text(nbytes: float) -> str:
+def size_text(nbytes: float, digits: int = 3) -> str:
     """2.5 GB, 310 MB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
-            return f"{nbytes / scale:.3g} {unit}" if nbytes < 1000 * scale else f"{nbytes / scale:.0f} {unit}"
+            return f"{nbytes / scale:.{digits}g} {unit}" if nbytes < 1000 * scale else f"{nbytes / scale:.0f} {unit}"
     return f"{nbytes:.0f} B"
 
 
 def share_text(share: float) -> str:
-    """11%, 0.2%."""
+    """11%, 0.2%, <0.1%."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
     return f"{share:.0%}" if share >= 0.01 or not share else f"{share:.1%}"
-
-
-# A prompt
-
-
-def prefill(
-    model: Model, machine: Machine, placement: Placement, settings: Settings, threshold: int, on_disk: int = 0
-) -> list[Term]:
-    """One batch of ``ubatch`` tokens: products on the tensor cores; weights in host memory are copied to the card from
-    ``threshold`` tokens on, each expert that some token uses once, and multiplied by the CPU below. ``on_disk`` bytes
-    of them are read from disk for each batch."""
-    n = settings.ubatch
-    e = table("engines")
-    there, away = placement.on(GPU, model.tensors), placement.on(CPU, model.tensors)
-    streamed = machine.gpu is not None and n >= threshold
-    by_gpu = [*there, *(t for t in away if t.part != "embedding")] if streamed else there
-    by_cpu = [] if streamed else [t for t in away if t.part != "embedding"]
-    terms = []
-    if machine.gpu is not None:
-        rate = machine.gpu.tensor * e["gpu"]["tensor_efficiency"]
-        terms.append(_work_over("products on the GPU", _operations(model, by_gpu, n), rate))
-    if streamed:
-        moved = sum(_read_per_batch(model, t, n) for t in away if t.part != "embedding")
-        link: Any = machine.gpu
-        terms.append(_bytes_over(f"host weights to the GPU, once a batch of {n}", moved, link.link_practical))
-    if by_cpu:
-        cores = machine.cores * e["cpu"]["gflops_per_core"] * 1e9
-        terms.append(_work_over("products on the CPU", _operations(model, by_cpu, n), cores))
-    if on_disk:
-        terms.append(_bytes_over(f"from disk, once a batch of {n}", on_disk, machine.disk_practical))
-    return terms
-
-
-def _operations(model: Model, tensors: Sequence[Tensor], tokens: int) -> float:
-    """Multiplications and additions; the output is needed for one token of a prompt."""
-    each = (prod(t.shape) * (model.used_share if t.part == "routed" else 1.0) for t in tensors
-            if len(t.shape) > 1 and t.part not in ("output", "embedding"))  # fmt: skip
-    return 2.0 * tokens * sum(each)
-
-
-def _read_per_batch(model: Model, tensor: Tensor, tokens: int) -> float:
-    """Bytes of a tensor that a batch needs: of the experts those that at least one of its tokens uses."""
-    used = 1 - (1 - model.used_share) ** tokens if tensor.part == "routed" else 1.0
-    return tensor.nbytes * used
-
-
-def _work_over(name: str, operations: float, rate: float) -> Term:
-    return Term(name, operations / rate, f"{operations / 1e12:.3g} T operations / {rate / 1e12:.3g} T/s")

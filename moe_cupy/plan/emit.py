@@ -7,8 +7,10 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moe_cupy.plan.planner import Plan, static_plan
+from moe_cupy.plan.choose import best_static
+from moe_cupy.plan.planner import Plan
 from moe_cupy.plan.rules import CPU, DENSE_FFN, EXPERTS, Override
+from moe_cupy.plan.tables import DoesNotFit
 
 ENGINES = ("llama.cpp", "ik_llama.cpp", "ktransformers")
 SAFE_ON_WINDOWS = re.compile(r"[A-Za-z0-9_./:\\=@+-]+")
@@ -33,7 +35,8 @@ def command(plan: Plan, engine: str, windows: bool = False) -> str:
     if engine == "ktransformers":
         return ktransformers(plan, windows)
     words = [("llama-server.exe" if windows else "llama-server"), "-m", model_file(plan)]
-    words += ["-ngl", str(min(plan.ngl, 99) if plan.ngl <= plan.model.layers else 99), *placement_words(plan, engine)]
+    ngl = plan.ngl + (plan.model.layers_behind if plan.ngl > 1 else 0)  # the last layers of a file count first
+    words += ["-ngl", str(min(ngl, 99) if plan.ngl <= plan.model.layers else 99), *placement_words(plan, engine)]
     s = plan.settings
     words += ["-c", str(s.ctx), "-ub", str(s.ubatch), "-b", str(max(2048, s.ubatch))]
     words += ["-fa", "on"] if engine == "llama.cpp" else ["-fa"]
@@ -97,7 +100,16 @@ def static_experts(plan: Plan) -> int:
 
 def without_cache(plan: Plan) -> Plan:
     """The same request where tensors stay in place: what the emitted commands do."""
-    return static_plan(plan.model, plan.machine, replace(plan.request, ctx=plan.settings.ctx), plan.curve)
+    return best_static(plan.model, plan.machine, replace(plan.request, ctx=plan.settings.ctx), plan.curve)
+
+
+def that_fits(plan: Plan) -> Plan | None:
+    """The same settings with the placement left to the planner; None where they fit nowhere."""
+    free = replace(plan.request, ngl=None, overrides=(), fit=True, overfull=False)
+    try:
+        return best_static(plan.model, plan.machine, free, plan.curve)
+    except DoesNotFit:
+        return None
 
 
 def _override_words(rules: Sequence[Override], engine: str, layers: int) -> list[str]:

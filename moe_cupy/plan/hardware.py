@@ -108,7 +108,7 @@ def gpu_called(name: str) -> Gpu:
 
 
 def _squeezed(name: str) -> str:
-    return re.sub(r"[\s_-]|nvidia|geforce", "", name.lower())
+    return re.sub(r"(\d)gi?b$", r"\1g", re.sub(r"[\s_-]|nvidia|geforce", "", name.lower()))
 
 
 def machine_called(name: str) -> Machine:

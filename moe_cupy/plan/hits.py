@@ -51,3 +51,9 @@ def curve_of(model: Model) -> Curve:
 def replayed(points: Sequence[tuple[float, float]], source: str) -> Curve:
     """A curve through what replays of a trace gave at some shares."""
     return Curve(1.0, 1.0, source, tuple(sorted(points)))
+
+
+def spread_of(model: Model) -> float:
+    """How unevenly a model's experts are used by the tokens of one batch: the shape of a gamma distribution."""
+    rows = table("used")
+    return float(rows.get(model.name, rows["default"])["shape"])

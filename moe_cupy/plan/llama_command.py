@@ -1,48 +1,30 @@
-"""Reading a command line of llama.cpp or ik_llama.cpp: what it asks for, and what is wrong with it."""
+"""Reading a command line of llama.cpp or ik_llama.cpp: what it asks for, and what is wrong with it.
+
+Every flag of both (``data/flags.toml``) is planned with, told about, or named as of no matter; so is the environment.
+"""
 
 from __future__ import annotations
 
 import re
-import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
 
 from moe_cupy.plan.cost import THRESHOLD
+from moe_cupy.plan.llama_words import environment, program_and_flags, split_words
 from moe_cupy.plan.memory import MIB
 from moe_cupy.plan.planner import Request
-from moe_cupy.plan.rules import cpu_moe, n_cpu_ffn, n_cpu_moe, parse_overrides
-from moe_cupy.plan.tables import PlanError
+from moe_cupy.plan.rules import CPU, GPU, Override, cpu_moe, n_cpu_ffn, n_cpu_moe, parse_overrides
+from moe_cupy.plan.tables import PlanError, table
 
-# Spelling -> what it sets. Flags that take a value and do not matter here are in TAKES_VALUE, switches in SWITCHES.
-VALUES = {
-    "-m": "model", "--model": "model", "-ngl": "ngl", "--gpu-layers": "ngl", "--n-gpu-layers": "ngl",
-    "-c": "ctx", "--ctx-size": "ctx", "-ub": "ubatch", "--ubatch-size": "ubatch", "-b": "batch",
-    "--batch-size": "batch", "-ctk": "ctk", "--cache-type-k": "ctk", "-ctv": "ctv", "--cache-type-v": "ctv",
-    "-ot": "ot", "--override-tensor": "ot", "-ncmoe": "ncmoe", "--n-cpu-moe": "ncmoe", "-ncffn": "ncffn",
-    "--n-cpu-ffn": "ncffn", "-fit": "fit", "--fit": "fit", "-fitt": "target", "--fit-target": "target",
-    "-fitc": "fit_ctx", "--fit-ctx": "fit_ctx", "-fa": "fa", "--flash-attn": "fa", "-lm": "load", "--load-mode": "load",
-    "-t": "threads", "--threads": "threads", "-np": "parallel", "--parallel": "parallel", "-hf": "hf", "-hfr": "hf",
-    "--hf-repo": "hf",
-}  # fmt: skip
-SWITCHES = {"-cmoe": "cmoe", "--cpu-moe": "cmoe", "--no-mmap": "no_mmap", "--mlock": "mlock", "-nkvo": "nkvo",
-            "--no-kv-offload": "nkvo", "--no-op-offload": "no_op_offload", "-fmoe": "ik", "-rtr": "rtr"}  # fmt: skip
-TAKES_VALUE = ("--host", "--port", "-a", "--alias", "--temp", "--top-k", "--top-p", "--min-p", "-s", "--seed", "-n",
-               "--predict", "-p", "--prompt", "-f", "--file", "-mg", "--main-gpu", "-ts", "--tensor-split",
-               "-sm", "--split-mode", "-tb", "-mla", "-amb", "--api-key", "-r", "-d", "-o", "-dev", "--device",
-               "--chat-template", "--reasoning-format", "-sys")  # fmt: skip
-KNOWN_SWITCHES = ("--jinja", "-cnv", "-no-cnv", "--metrics", "--no-warmup", "--slots", "--no-slots", "-st")
-SWITCH_WORDS = {"on": "on", "1": "on", "true": "on", "enabled": "on", "off": "off", "0": "off", "false": "off",
-                "disabled": "off"}  # fmt: skip
-OPTIONAL_VALUE = {"fa": SWITCH_WORDS | {"auto": "auto", "-1": "auto"}, "fit": SWITCH_WORDS}
-PROGRAM = re.compile(r"(.*[/\\])?llama-[a-z-]+(\.exe)?", re.IGNORECASE)
+ON_OFF = {"on": "on", "1": "on", "true": "on", "enabled": "on", "off": "off", "0": "off", "false": "off",
+          "disabled": "off"}  # fmt: skip
+OPTIONAL_VALUE = {"fa": ON_OFF | {"auto": "auto", "-1": "auto"}, "fit": ON_OFF}
+IK_FLAGS = ("-fmoe", "-rtr", "-amb", "-mla", "-ser", "-ooae", "-no-ooae", "-no-fmoe", "-muge", "-mqkv", "-ger", "-gr",
+            "-sas", "-smgs", "-khad", "-vhad", "-cuda", "-op", "-okv", "--fit-margin")  # fmt: skip
 MOST_LAYERS = 4096
 DEFAULT_BATCH = 2048  # of -b; a -ub above it changes nothing
-ENVIRONMENT = {
-    "LLAMA_ARG_MODEL": "-m", "LLAMA_ARG_HF_REPO": "-hf", "LLAMA_ARG_N_GPU_LAYERS": "-ngl", "LLAMA_ARG_CTX_SIZE": "-c",
-    "LLAMA_ARG_BATCH": "-b", "LLAMA_ARG_UBATCH": "-ub", "LLAMA_ARG_CACHE_TYPE_K": "-ctk",
-    "LLAMA_ARG_CACHE_TYPE_V": "-ctv", "LLAMA_ARG_OVERRIDE_TENSOR": "-ot", "LLAMA_ARG_N_CPU_MOE": "-ncmoe",
-    "LLAMA_ARG_FLASH_ATTN": "-fa", "LLAMA_ARG_THREADS": "-t", "LLAMA_ARG_FIT": "-fit",
-}  # fmt: skip
+NEVER = 10**9  # a batch so large that its host weights go to the card: none does
 
 
 @dataclass
@@ -51,122 +33,175 @@ class Command:
 
     model: str | None = None
     threads: int | None = None
+    used: int | None = None  # experts a token uses, where the line changes that
     request: Request = field(default_factory=Request)
     engine: str = "llama.cpp"
     remarks: list[str] = field(default_factory=list)
 
 
-def split_words(text: str) -> list[str]:
-    """Words of a POSIX or Windows line, continued lines joined. Raises PlanError for a quote that is not closed."""
-    text = re.sub(r"[\\`^]\r?\n", " ", text)
-    looks_windows = re.search(r"\.exe\b|[A-Za-z]:\\", text) is not None
-    try:
-        lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
-        lexer.whitespace_split, lexer.commenters = True, ""
-        if looks_windows:
-            lexer.escape = ""
-        return list(lexer)
-    except ValueError as error:
-        raise PlanError(f"--from-command: {error}; check its quotes") from error
+@dataclass
+class Said:
+    """A line taken apart: name of a modelled flag -> its last value, rules of placement in order, and the rest."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    overrides: list[Override] = field(default_factory=list)
+    told: dict[str, str] = field(default_factory=dict)  # flag -> what is said of it
+    no_matter: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    cards: set[str] = field(default_factory=set)  # further ones that overrides name
+    is_ik: bool = False
+
+
+@cache
+def spellings() -> dict[str, tuple[str, bool]]:
+    """Flag -> (name, whether a value follows) of what is planned with."""
+    flags = table("flags")
+    return {s: (name, kind == "value") for kind in ("value", "switch") for name, ss in flags[kind].items() for s in ss}
+
+
+@cache
+def others() -> dict[str, tuple[str, bool]]:
+    """Flag -> (what is said of it, "" if nothing, whether a value follows) of all others."""
+    flags = table("flags")
+    found = {flag: ("", kind == "value") for kind in ("value", "switch") for flag in flags["no_matter"][kind]}
+    return found | {flag: (row["text"], row["value"]) for row in flags["told"] for flag in row["flags"]}
 
 
 def read_command(text: str) -> Command:
     """A command line as a request. Raises PlanError for what the engine itself would refuse."""
     before, words = program_and_flags(split_words(text))
-    set_there = dict(word.split("=", 1) for word in before if re.match(r"[A-Z][A-Z0-9_]*=", word))
-    words = [w for name, value in set_there.items() if name in ENVIRONMENT for w in (ENVIRONMENT[name], value)] + words
-    made, fields, overrides = Command(), dict[str, Any](), []
+    around = environment(before)
+    words = [*flags_of_environment(around), *words]
+    said = Said()
     i = 0
     while i < len(words):
-        flag, value, i = _next(words, i, made)
-        name = VALUES.get(flag) or SWITCHES.get(flag)
-        if name == "ot":
-            overrides += parse_overrides(value)
-        elif name == "cmoe":
-            overrides += cpu_moe()
-        elif name in ("ncmoe", "ncffn"):
-            overrides += (n_cpu_moe if name == "ncmoe" else n_cpu_ffn)(whole(flag, value, MOST_LAYERS))
-        elif name:
-            fields[name] = value
-    made.model = fields.get("model") or file_of_repository(fields.get("hf"))
-    made.threads = int(fields["threads"]) if re.fullmatch(r"[1-9]\d{0,3}", fields.get("threads", "")) else None
-    batch = whole("-b", fields.get("batch", str(DEFAULT_BATCH)))
-    ubatch = min(batch, whole("-ub", fields.get("ubatch", "512")) or batch)
-    made.engine = "ik_llama.cpp" if {"ik", "rtr"} & set(fields) else "llama.cpp"
-    made.request = Request(
-        ctx=whole("-c", fields["ctx"]) if "ctx" in fields else None, ctk=fields.get("ctk", "f16"),
-        ctv=fields.get("ctv", "f16"), ubatch=ubatch, ngl=fields.get("ngl"),
-        overrides=tuple(overrides), fit=fields.get("fit", "on") != "off",
-        fit_target=whole("-fitt", fields.get("target", "1024").split(",")[0]) * MIB,
-        fit_ctx=whole("-fitc", fields.get("fit_ctx", "4096")), engine=made.engine,
-        threshold=whole("GGML_OP_OFFLOAD_MIN_BATCH", set_there.get("GGML_OP_OFFLOAD_MIN_BATCH", str(THRESHOLD))),
+        i = _take(words, i, said)
+    f = said.fields
+    batch = whole("-b", f.get("batch", str(DEFAULT_BATCH)))
+    threshold = whole("GGML_OP_OFFLOAD_MIN_BATCH", around.get("GGML_OP_OFFLOAD_MIN_BATCH", str(THRESHOLD)))
+    engine = "ik_llama.cpp" if said.is_ik else "llama.cpp"
+    request = Request(
+        ctx=whole("-c", f["ctx"]) if "ctx" in f else None, ctk=f.get("ctk", "f16"), ctv=f.get("ctv", "f16"),
+        ubatch=min(batch, whole("-ub", f.get("ubatch", "512")) or batch), ngl=f.get("ngl"),
+        overrides=tuple(said.overrides), fit=f.get("fit", "off" if said.is_ik else "on") != "off",
+        fit_target=whole("-fitt", f.get("target", "1024").split(",")[0]) * MIB,
+        fit_ctx=whole("-fitc", f.get("fit_ctx", "4096")), engine=engine,
+        threshold=NEVER if "no_op_offload" in f else threshold, pageable=is_mapped(f),
+        kv_on_host="nkvo" in f,
     )  # fmt: skip
-    made.remarks += remarks_on(fields, overrides)
+    threads = f.get("threads", "")
+    made = Command(f.get("model") or file_of_repository(f), engine=engine, request=request, used=used_experts(f))
+    made.threads = int(threads) if re.fullmatch(r"[1-9]\d{0,3}", threads) else None
+    made.remarks = [*remarks_on(said), *remarks_on_environment(around)]
     return made
 
 
-def program_and_flags(words: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before the flags (the program, another that starts it, what the environment is), and the flags."""
-    named = next((i + 1 for i, word in enumerate(words) if PROGRAM.fullmatch(word)), 0)
-    start = next((i for i in range(named, len(words)) if words[i].startswith("-")), len(words))
-    return words[:start], words[start:]
+def flags_of_environment(around: dict[str, str]) -> Iterator[str]:
+    """LLAMA_ARG_* as the flags they stand for; flags on the line come later and win."""
+    known = table("flags")["environment"]
+    for name, value in around.items():
+        if name in known:
+            flag = known[name]
+            takes_value = (spellings() | others())[flag][1]
+            if takes_value:
+                yield from (flag, value)
+            elif ON_OFF.get(value.lower()) == "on":
+                yield flag
 
 
-def file_of_repository(text: str | None) -> str | None:
-    """A file's name for ``-hf owner/name-GGUF:Q4_K_M``; without a quantization the engine takes Q4_K_M if it can."""
-    if not text:
-        return None
-    name, _, quant = text.rpartition("/")[2].partition(":")
-    return re.sub(r"(?i)-gguf$", "", name) + (f"-{quant}" if quant else "") + ".gguf"
+def _take(words: list[str], i: int, said: Said) -> int:
+    """Read the flag at i into ``said``; where the next begins."""
+    flag, value, after = _flag(words, i)
+    said.is_ik |= flag in IK_FLAGS
+    if flag not in spellings():
+        if flag not in others():
+            said.unknown.append(words[i])
+        elif others()[flag][0]:
+            said.told[flag] = others()[flag][0]
+        else:
+            said.no_matter.append(flag)
+        return after
+    name = spellings()[flag][0]
+    if name == "ot":
+        said.overrides += parse_overrides(on_one_card(value, said), (CPU, GPU))
+    elif name == "cmoe":
+        said.overrides += cpu_moe()
+    elif name in ("ncmoe", "ncffn"):
+        said.overrides += (n_cpu_moe if name == "ncmoe" else n_cpu_ffn)(whole(flag, value, MOST_LAYERS))
+    else:
+        said.fields[name] = value
+    return after
 
 
-def _next(words: list[str], i: int, made: Command) -> tuple[str, str, int]:
+def _flag(words: list[str], i: int) -> tuple[str, str, int]:
     """The flag at i, its value ("" if none) and where the next begins."""
     flag, equals, value = words[i].partition("=") if words[i].startswith("--") else (words[i], "", "")
     if flag.startswith("--"):
         flag = flag.replace("_", "-")  # as there
-    name = VALUES.get(flag)
-    if name in OPTIONAL_VALUE and not equals:
-        given = i + 1 < len(words) and words[i + 1] in OPTIONAL_VALUE[name]
-        return flag, OPTIONAL_VALUE[name][words[i + 1]] if given else "on", i + 1 + given
-    if name or flag in TAKES_VALUE:
-        if equals:
-            return flag, value, i + 1
+    name, takes = (spellings() | others()).get(flag, ("", None))
+    if name in OPTIONAL_VALUE and flag in spellings():
+        given = equals or (i + 1 < len(words) and words[i + 1].lower() in OPTIONAL_VALUE[name])
+        word = value if equals else words[i + 1] if given else "on"
+        return flag, OPTIONAL_VALUE[name].get(word.lower(), "on"), i + 1 + bool(given and not equals)
+    if takes and not equals:
         if i + 1 >= len(words):
             raise PlanError(f"--from-command: {flag} is the last word and needs a value")
         return flag, words[i + 1], i + 2
-    if flag not in SWITCHES and flag not in KNOWN_SWITCHES:
-        made.remarks.append(f"{words[i]}: not known here; it was passed over")
-        if i + 1 < len(words) and re.match(r"[^-]|-\d|$", words[i + 1]):
-            return flag, "", i + 2  # its value
-    return flag, "", i + 1
+    if takes is None and not equals and i + 1 < len(words) and re.match(r"[^-]|-\d|$", words[i + 1]):
+        return flag, "", i + 2  # not known: what looks like its value goes with it
+    return flag, value, i + 1
+
+
+def on_one_card(rules: str, said: Said) -> str:
+    """Rules of -ot with the first card for every card, and page-locked host memory as the CPU's; cards are noted."""
+    said.cards |= set(re.findall(r"=((?:CUDA|ROCm|Vulkan|SYCL)[1-9]\d*)(?=,|$)", rules))
+    rules = re.sub(r"=(?:CUDA|ROCm|Vulkan|SYCL)\d+(?=,|$)", f"={GPU}", rules)
+    return re.sub(r"=(?:CUDA|ROCm|SYCL|Vulkan)_Host(?=,|$)", f"={CPU}", rules)
+
+
+def file_of_repository(fields: dict[str, str]) -> str | None:
+    """A file's name for ``-hf owner/name-GGUF:Q4_K_M``; without a quantization the engine takes Q4_K_M if it can."""
+    if "hf_file" in fields:
+        return fields["hf_file"]
+    if not fields.get("hf"):
+        return None
+    name, _, quant = fields["hf"].rpartition("/")[2].partition(":")
+    return re.sub(r"(?i)-gguf$", "", name) + (f"-{quant}" if quant else "") + ".gguf"
+
+
+def is_mapped(fields: dict[str, str]) -> bool:
+    """Whether weights in host memory stay pages of the file."""
+    return fields.get("load", "auto") in ("auto", "mmap", "mmap+mlock") and not {"no_mmap", "rtr"} & set(fields)
+
+
+def used_experts(fields: dict[str, str]) -> int | None:
+    """Experts a token uses by --override-kv …expert_used_count=int:N or by -ser N,1; None: as the model has it."""
+    found = re.search(r"\.expert_used_count=int:([1-9]\d{0,3})", fields.get("kv", ""))
+    reduced = re.fullmatch(r"([1-9]\d{0,3}),1(?:\.0*)?", fields.get("ser", ""))
+    return int((found or reduced)[1]) if found or reduced else None  # type: ignore[index]
 
 
 def whole(flag: str, text: str, most: int = 10**9) -> int:
-    if not re.fullmatch(r"\d{1,9}", text) or int(text) > most:
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) > most:
         raise PlanError(f"{flag} {text[:40]}: expected a whole number up to {most}")
     return int(text)
 
 
-def remarks_on(fields: dict[str, Any], overrides: list) -> list[str]:
-    """What people get wrong, one sentence each."""
-    said = []
-    has_layers = fields.get("ngl") not in (None, "auto")
-    by_hand = ["-ngl"] * has_layers + ["overrides"] * bool(overrides)
-    if by_hand and fields.get("fit", "on") != "off":
-        said.append(f"{' and '.join(by_hand)} given by hand: --fit changes nothing of the placement then")
-    if overrides and fields.get("load", "auto") in ("auto", "mmap") and not {"no_mmap", "rtr"} & set(fields):
-        said.append("tensors kept on the CPU are memory-mapped: --load-mode none (older builds: --no-mmap) is quicker")
-    if fields.get("ctv", "f16") not in ("f16", "f32", "bf16") and fields.get("fa", "auto") == "off":
-        said.append("-ctv with a quantized type needs flash attention: take -fa off away")
-    if fields.get("ngl") == "0" and overrides:
-        said.append("-ngl 0 with overrides: nothing is on the GPU but what an override names; -ngl 99 is what is meant")
-    batch = fields.get("batch", str(DEFAULT_BATCH))
-    if whole("-ub", fields.get("ubatch", "512")) > whole("-b", batch) and "ubatch" in fields:
-        said.append(f"-ub {fields['ubatch']} above -b {batch}: the batch is the limit, planned with it; raise -b too")
-    if "nkvo" in fields:
-        said.append("-nkvo: the context is in host memory and attention is computed there; planned as if it were on "
-                    "the card, which is quicker and takes more of it")  # fmt: skip
-    if "no_op_offload" in fields and overrides:
-        said.append("--no-op-offload: a long prompt is computed by the CPU for the layers whose experts are there")
-    return said
+def remarks_on(said: Said) -> list[str]:
+    """What people get wrong, what is not planned with, and what does not matter: a sentence each."""
+    from moe_cupy.plan.llama_remarks import mistakes, not_planned
+
+    lines = [f"{word}: not known here; it was passed over" for word in said.unknown]
+    lines += [*mistakes(said.fields, said.overrides), *not_planned(said.fields, sorted(said.cards))]
+    lines += [f"{flag}: {text}" for flag, text in said.told.items()]
+    if said.no_matter:
+        lines.append(f"of no matter for places and speeds: {', '.join(dict.fromkeys(said.no_matter))}")
+    return lines
+
+
+def remarks_on_environment(around: dict[str, str]) -> list[str]:
+    flags = table("flags")
+    told, read = flags["environment_told"], {*flags["environment"], "GGML_OP_OFFLOAD_MIN_BATCH"}
+    known = [f"{name}={value}: {told[name]}" for name, value in around.items() if name in told]
+    rest = [name for name in around if name not in told and name not in read]
+    return known + [f"of no matter for places and speeds: {', '.join(rest)}"] * bool(rest)

@@ -24,6 +24,7 @@ class Settings:
     ctk: str = "f16"
     ctv: str = "f16"
     ubatch: int = 512
+    pageable: bool = False  # host weights are memory-mapped: copies to the card do not come from page-locked memory
 
     def __post_init__(self) -> None:
         for flag, value in (("-ctk", self.ctk), ("-ctv", self.ctv)):

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from moe_cupy.plan.tables import PlanError, table
 from moe_ref.quants import BY_NAME
@@ -118,6 +119,7 @@ def fitting(wanted: str, width: int) -> str:
     return "F16"
 
 
+@lru_cache(maxsize=1 << 16)
 def layer_of(name: str) -> int | None:
     """N of a tensor called blk.N.…, otherwise None."""
     match = re.match(r"blk\.(\d+)\.", name)

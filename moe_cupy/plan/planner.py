@@ -13,21 +13,23 @@ from moe_cupy.plan.cost import (
     cached_decode,
     host_decode,
     offload_threshold,
-    prefill,
     share_text,
     size_text,
     static_decode,
     total,
 )
-from moe_cupy.plan.hardware import GIB, Machine
+from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.hits import Curve, curve_of
-from moe_cupy.plan.memory import MIB, PAD, SYSTEM_RAM, Settings, Use, all_pasts, use_of
-from moe_cupy.plan.rules import CPU, GPU, Override, Placement, cpu_moe, gpu_layers, place
+from moe_cupy.plan.memory import SYSTEM_RAM, Settings, Use, all_pasts, use_of
+from moe_cupy.plan.prompt import prefill
+from moe_cupy.plan.refuse import no_cache, past_in_host, too_full, warnings_on
+from moe_cupy.plan.rules import CPU, GPU, Override, Placement, cpu_moe, gpu_layers, n_cpu_moe, place
 from moe_cupy.plan.shapes import Model
 from moe_cupy.plan.tables import DoesNotFit, PlanError
 
 DEFAULT_CONTEXT = 16384  # planned for where neither -c nor the model asks for less
 DEFAULT_DEPTH = 1024  # tokens already there when the predicted one is made
+READ, WRITTEN = 1024, 512  # tokens of the turn by whose time placements are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,9 @@ class Request:
     fit_ctx: int = fitting.DEFAULT_LEAST_CONTEXT
     engine: str = "llama.cpp"
     threshold: int = THRESHOLD
+    pageable: bool = False  # host weights stay memory-mapped
+    kv_on_host: bool = False  # -nkvo
+    overfull: bool = False  # plan flags that put too much on the card, and say so, instead of refusing
 
     @property
     def is_manual(self) -> bool:
@@ -66,6 +71,7 @@ class Choice:
     warnings: Sequence[str]
     slots: int = 0
     hit_rate: float = 0.0
+    prompt_placement: Placement | None = None  # of prompts, where it is not the same
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,12 @@ class Plan:
     disk_bytes: int
     steps: tuple[str, ...]
     warnings: tuple[str, ...]
+    too_full: str = ""  # the sentence where the flags put more on the card than it has
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds to read a prompt and write an answer."""
+        return READ / self.prefill_tok_s + WRITTEN / self.decode_tok_s
 
     @property
     def decode_tok_s(self) -> float:
@@ -121,34 +133,57 @@ def settings_of(model: Model, request: Request) -> tuple[Settings, bool]:
     asked = request.ctx is not None
     wanted = max(DEFAULT_CONTEXT, request.fit_ctx)
     ctx = (request.ctx or model.context_length) if asked else min(model.context_length, wanted)
-    return Settings(ctx, request.ctk, request.ctv, request.ubatch), asked
+    return Settings(ctx, request.ctk, request.ctv, request.ubatch, request.pageable), asked
 
 
 def static_plan(model: Model, machine: Machine, request: Request, curve: Curve | None = None) -> Plan:
     """Tensors stay where they are: what llama.cpp does with these flags, or with ``--fit``."""
-    curve = curve or curve_of(model)
     settings, asked = settings_of(model, request)
-    warnings = list(model.remarks)
     if machine.gpu is None:
-        placement, ngl, sparse, use = place(model, 0, [], None), 0, None, None
-        steps: tuple[str, ...] = ("there is no GPU: everything is in host memory",)
-        if request.is_manual:
-            warnings.append("there is no GPU here: -ngl and overrides place nothing")
-    elif request.is_manual or not request.fit:
-        ngl, sparse = gpu_layers(request.ngl, model.layers), None
-        placement = place(model, ngl, request.overrides)
-        use = use_of(model, placement, settings, GPU)
-        steps = ("placed by the flags given; --fit is off",) if request.is_manual else ("placed with --fit off",)
-        check_card(model, machine, settings, placement, use)
-        warnings += warnings_on(model, placement, request)
-    else:
-        fitted = fitting.fit(model, vram_budget(machine, request), settings, asked, request.fit_ctx)
-        ngl, sparse, settings, placement, use, steps = (
-            fitted.ngl, fitted.n_cpu_moe, fitted.settings, fitted.placement, fitted.use, fitted.steps,
-        )  # fmt: skip
-    terms = static_decode(model, machine, placement, settings, min(request.depth, settings.ctx), curve)
-    choice = Choice(settings, placement, sparse, ngl, use, terms, steps, warnings)
+        return no_gpu_plan(model, machine, request, curve)
+    if request.is_manual or not request.fit:
+        return manual_plan(model, machine, request, curve)
+    fitted = fitting.fit(model, vram_budget(machine, request), settings, asked, request.fit_ctx)
+    return placed(model, machine, request, curve, fitted)
+
+
+def placed(model: Model, machine: Machine, request: Request, curve: Curve | None, fitted: fitting.Fitted) -> Plan:
+    """What decoding and prompts cost where ``fitted`` puts everything."""
+    curve, settings = curve or curve_of(model), fitted.settings
+    terms = static_decode(model, machine, fitted.placement, settings, min(request.depth, settings.ctx), curve)
+    choice = Choice(settings, fitted.placement, fitted.n_cpu_moe, fitted.ngl, fitted.use, terms, fitted.steps,
+                    model.remarks)  # fmt: skip
     return _finished(model, machine, request, curve, choice)
+
+
+def no_gpu_plan(model: Model, machine: Machine, request: Request, curve: Curve | None) -> Plan:
+    curve = curve or curve_of(model)
+    settings, _ = settings_of(model, request)
+    placement = place(model, 0, [], None)
+    terms = static_decode(model, machine, placement, settings, min(request.depth, settings.ctx), curve)
+    warnings = [*model.remarks]
+    if request.is_manual:
+        warnings.append("there is no GPU here: -ngl and overrides place nothing")
+    steps = ("there is no GPU: everything is in host memory",)
+    return _finished(model, machine, request, curve, Choice(settings, placement, None, 0, None, terms, steps, warnings))
+
+
+def manual_plan(model: Model, machine: Machine, request: Request, curve: Curve | None) -> Plan:
+    """As the flags say. Raises DoesNotFit where the card is too small, unless the request is to be shown anyway."""
+    assert machine.gpu is not None
+    curve = curve or curve_of(model)
+    settings, _ = settings_of(model, request)
+    ngl = gpu_layers(request.ngl, model.layers, model.layers_behind)
+    placement = place(model, ngl, request.overrides, kv_on_host=request.kv_on_host)
+    use = use_of(model, placement, settings, GPU)
+    problem = too_full(model, machine, settings, placement, use)
+    if problem and not request.overfull:
+        raise DoesNotFit(problem)
+    terms = static_decode(model, machine, placement, settings, min(request.depth, settings.ctx), curve)
+    steps = ("placed by the flags given; --fit is off",) if request.is_manual else ("placed with --fit off",)
+    warnings = [*model.remarks, *warnings_on(model, placement, request.overrides)]
+    choice = Choice(settings, placement, None, ngl, use, terms, steps, warnings)
+    return replace(_finished(model, machine, request, curve, choice), too_full=problem)
 
 
 def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve | None = None,
@@ -170,7 +205,7 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     most = min(model.experts, room) if slots is None else slots
     least = model.expert_used_count
     if (slots is None and most < least) or use.total > budget:
-        raise DoesNotFit(_no_cache(model, machine, settings, use, budget))
+        raise DoesNotFit(no_cache(model, machine, settings, use, budget))
     share = most / model.experts
     cache = Cache(share, curve(share), way, misses)
     depth = min(request.depth, settings.ctx)
@@ -179,7 +214,9 @@ def cached_plan(model: Model, machine: Machine, request: Request, curve: Curve |
     steps: tuple[str, ...] = (f"dense part, KV and {held} on the card",)
     if settings.ctx < wanted.ctx:
         steps += (f"a context of {settings.ctx}: {wanted.ctx} leaves no room for the dense part",)
-    choice = Choice(settings, placement, None, every, use, terms, steps, model.remarks, most, cache.hit_rate)
+    whole = fitting.most_full(model, budget, settings)  # of prompts whole layers count, whatever the cache holds
+    prompt = place(model, every, n_cpu_moe(whole)) if whole is not None else placement
+    choice = Choice(settings, placement, None, every, use, terms, steps, model.remarks, most, cache.hit_rate, prompt)
     return _finished(model, machine, request, curve, choice)
 
 
@@ -188,11 +225,7 @@ def _finished(model: Model, machine: Machine, request: Request, curve: Curve, ch
     host = use_of(model, chosen.placement, chosen.settings, CPU)
     room = max(0, machine.ram_bytes - SYSTEM_RAM)
     if host.past > room:  # weights can be read from a file again, the past cannot
-        ctx = chosen.settings.ctx
-        near = int(room / (host.past / ctx)) // PAD * PAD
-        hint = f"-c {near}" if near else "a smaller -c with -ctk q8_0 -ctv q8_0, or more memory"
-        raise DoesNotFit(f"-c {ctx}: {size_text(host.past)} of the context stay in host memory, which has "
-                         f"{size_text(room)} for it; nearest that works: {hint}")  # fmt: skip
+        raise DoesNotFit(past_in_host(chosen.settings, host.past, room))
     over = max(0, host.total - room)
     threshold = offload_threshold(model, request.engine, request.threshold)
     warnings = [*chosen.warnings]
@@ -201,7 +234,10 @@ def _finished(model: Model, machine: Machine, request: Request, curve: Curve, ch
                         "states; such a context needs rope scaling or a later version of the model")  # fmt: skip
     if over:
         warnings.append(f"host memory is short by {size_text(over)}: that much is read from disk again and again")
-    prompt = prefill(model, machine, chosen.placement, chosen.settings, threshold, over)
+    batch = chosen.prompt_placement or chosen.placement
+    missing = max(0, use_of(model, batch, chosen.settings, CPU).total - room)
+    depth = min(request.depth, chosen.settings.ctx)
+    prompt = prefill(model, machine, batch, chosen.settings, threshold, depth, missing)
     return Plan(
         model=model, machine=machine, request=request, settings=chosen.settings, placement=chosen.placement,
         n_cpu_moe=chosen.n_cpu_moe, ngl=chosen.ngl, use=chosen.use, cache_slots=chosen.slots,
@@ -223,93 +259,3 @@ def host_plan(model: Model, machine: Machine, request: Request, curve: Curve | N
     steps = (f"dense part, KV and {slots} of {model.experts} experts ({share_text(share)}) in host memory",)
     choice = Choice(settings, placement, None, 0, None, terms, steps, model.remarks, slots, curve(share))
     return _finished(model, machine, request, curve, choice)
-
-
-def make_plan(model: Model, machine: Machine, request: Request, curve: Curve | None = None) -> Plan:
-    """The quicker of an expert cache and a fixed placement; the latter where flags fix it.
-
-    Raises PlanError with the nearest that works for what fits nowhere.
-    """
-    check_fits_at_all(model, machine)
-    if machine.gpu is None and machine.measured:
-        return host_plan(model, machine, request, curve)
-    if request.is_manual or not request.fit or machine.gpu is None or not model.experts:
-        return static_plan(model, machine, request, curve)
-    plans = []
-    errors = []
-    for way in (static_plan, cached_plan):
-        try:
-            plans.append(way(model, machine, request, curve))
-        except PlanError as error:
-            errors.append(error)
-    if not plans:
-        raise errors[0]
-    return max(plans, key=lambda plan: plan.decode_tok_s)
-
-
-def check_fits_at_all(model: Model, machine: Machine) -> None:
-    """Raise PlanError where a machine cannot even hold what every token needs."""
-    memory = machine.ram_bytes + (machine.gpu.vram_bytes if machine.gpu else 0)
-    dense = model.nbytes - model.routed_bytes
-    if dense + SYSTEM_RAM > memory:
-        raise DoesNotFit(
-            f"{model.name} {model.quant}: the part that every token needs takes {size_text(dense)}, and {machine.name} "
-            f"has {size_text(memory)} of memory in all: it fits nowhere; use a smaller quantization or model, or at "
-            f"least {size_text(dense + SYSTEM_RAM)} of RAM"
-        )
-
-
-def check_card(model: Model, machine: Machine, settings: Settings, placement: Placement, use: Use) -> None:
-    """Raise PlanError where the flags put more on the card than it has."""
-    assert machine.gpu is not None
-    over = use.total - machine.gpu.vram_bytes
-    if over <= 0:
-        return
-    past = all_pasts(model, settings)
-    if use.past > machine.gpu.vram_bytes // 2:
-        room = fitting.longest(model, placement, machine.gpu.vram_bytes, settings)
-        near = f"-c {room}" if room else "a quantized cache (-ctk q8_0 -ctv q8_0) and a smaller -c"
-        raise DoesNotFit(f"-c {settings.ctx}: the context alone takes {size_text(past)} of the card's "
-                        f"{size_text(machine.gpu.vram_bytes)}; nearest that works: {near}")  # fmt: skip
-    instead = " instead of -ot" if any("-ot " in reason for reason in placement.reason.values()) else ""
-    sparse = fitting.most_full(model, machine.gpu.vram_bytes, settings) if model.experts else None
-    near = f"--n-cpu-moe {sparse}{instead}" if sparse is not None else "fewer layers (-ngl), or leave it to --fit on"
-    raise DoesNotFit(
-        f"these flags put {use.total / GIB:.1f} GiB on a card of {machine.gpu.vram_bytes / GIB:.3g} GiB: "
-        f"{size_text(over)} too many; nearest that works: {near}"
-    )
-
-
-def _no_cache(model: Model, machine: Machine, settings: Settings, use: Use, budget: int) -> str:
-    least = model.expert_used_count * model.expert_bytes
-    return (
-        f"{model.name}: dense part, KV of {settings.ctx} tokens and buffers take {size_text(use.total)}, the card has "
-        f"{size_text(max(0, budget))} to spend, and a cache needs {size_text(least)}; "
-        f"use a smaller -c or -ub, -ctk q8_0 -ctv q8_0, or --fit-target below {budget // MIB} MiB"
-    )
-
-
-def warnings_on(model: Model, placement: Placement, request: Request) -> Sequence[str]:
-    """What is odd about a placement by hand."""
-    told = []
-    by_hand = [rule for rule in request.overrides if rule.flag == "-ot"]  # the other flags count dense layers too
-    unused = [rule for rule in by_hand if not any(rule.found_in(t.name) for t in model.tensors)]
-    if unused:
-        patterns = ", ".join(sorted({f"{r.flag} {r.pattern}" for r in unused})[:3])
-        told.append(f"{len(unused)} of {len(by_hand)} rules find no tensor of this model: {patterns}")
-    split = {t.layer for t in placement.on(CPU, model.tensors) if t.part == "dense" and t.layer is not None}
-    on_gpu = {i for i, at in enumerate(placement.pasts) if at == GPU}
-    if split & on_gpu:
-        told.append(f"dense tensors of layers {_few(split & on_gpu)} are in host memory though their attention is on "
-                    "the GPU: each token crosses the link for them")  # fmt: skip
-    experts = {t.layer for t in placement.on(GPU, model.tensors) if t.part == "routed"}
-    if experts - on_gpu - {None}:
-        told.append(
-            f"experts of layers {_few(experts - on_gpu)} are on the GPU though their attention is not: raise -ngl"
-        )
-    return told
-
-
-def _few(layers: set) -> str:
-    numbers = sorted(layers)
-    return ", ".join(map(str, numbers[:4])) + (f" … ({len(numbers)} layers)" if len(numbers) > 4 else "")

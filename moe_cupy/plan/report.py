@@ -8,11 +8,11 @@ from typing import Any
 
 from moe_cupy.plan.advice import Advice
 from moe_cupy.plan.cost import Term, offload_threshold, share_text, size_text, total
-from moe_cupy.plan.emit import ENGINES, command, without_cache
+from moe_cupy.plan.emit import ENGINES, command, that_fits, without_cache
 from moe_cupy.plan.hardware import Machine
-from moe_cupy.plan.planner import Plan
+from moe_cupy.plan.planner import READ, WRITTEN, Plan
 from moe_cupy.plan.rules import CPU
-from moe_cupy.plan.shapes import Model
+from moe_cupy.plan.shapes import Model, types_held
 
 PLACES = {CPU: "RAM", "CUDA0": "VRAM"}
 
@@ -20,12 +20,14 @@ PLACES = {CPU: "RAM", "CUDA0": "VRAM"}
 def as_json(plan: Plan, windows: bool = False) -> dict[str, Any]:
     """The JSON contract, and the terms behind its figures."""
     return {
-        "model": plan.model.name, "quant": plan.model.quant, "hardware": plan.machine.name, "fits": True,
+        "model": plan.model.name, "quant": plan.model.quant, "hardware": plan.machine.name, "fits": not plan.too_full,
         "decode_tok_s": plan.decode_tok_s, "prefill_tok_s": plan.prefill_tok_s, "vram_bytes": plan.vram_bytes,
         "ram_bytes": plan.ram_bytes, "disk_bytes": plan.disk_bytes, "cache_slots": plan.cache_slots,
-        "cache_bytes": plan.cache_bytes, "hit_rate": plan.hit_rate, "tensors": tensor_rows(plan),
+        "cache_bytes": plan.cache_bytes, "hit_rate": plan.hit_rate,
+        "types": types_held(plan.model.tensors), "tensors": tensor_rows(plan),
         "commands": {engine: command(plan, engine, windows) for engine in ENGINES[:2]},
-        "warnings": list(plan.warnings), "ctx": plan.settings.ctx, "n_cpu_moe": plan.n_cpu_moe, "ngl": plan.ngl,
+        "warnings": [*filter(None, [plan.too_full]), *plan.warnings], "turn_s": plan.turn_s,
+        "ctx": plan.settings.ctx, "n_cpu_moe": plan.n_cpu_moe, "ngl": plan.ngl,
         "offload_threshold": offload_threshold(plan.model, plan.request.engine, plan.request.threshold),
         "terms": [term_row(term) for term in plan.terms], "prefill_terms": [term_row(t) for t in plan.prompt_terms],
     }  # fmt: skip
@@ -90,6 +92,7 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
             if m.experts
             else ""
         ),
+        f"types: {mix_text(m)}",
         machine_line(plan.machine),
         "",
         *plan.steps,
@@ -99,6 +102,7 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
         *(term_lines(plan.terms) if explain else ()),
         f"prompt   {plan.prefill_tok_s:8.1f} tok/s  predicted in batches of {s.ubatch}",
         *(term_lines(plan.prompt_terms) if explain else ()),
+        f"turn     {plan.turn_s:8.1f} s      {READ} tokens read and {WRITTEN} written: what placements are compared by",
     ]
     if plan.cache_slots:
         share = plan.cache_slots / m.experts
@@ -107,15 +111,28 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
         lines.append(f"hit rate {plan.hit_rate:8.1%}         {why}")
     if m.experts and explain:
         lines += threshold_lines(plan)
-    lines += ["", "what would help most:" if advice else "nothing that was tried helps by 2 %"]
+    if plan.too_full:
+        lines += ["", f"does not fit: {plan.too_full}", "the speeds above are those of a card that had the room"]
+    else:
+        lines += ["", "what would help most:" if advice else "nothing that was tried helps by 2 %"]
     lines += [f"  {a.gain:5.2f}x  {a.decode_tok_s:6.1f} tok/s  {a.change}" for a in advice]
     if plan.cache_slots and plan.machine.gpu:
         still = without_cache(plan)
         lines += ["", f"without a cache, as the commands below: {still.decode_tok_s:.1f} tok/s predicted, prompts "
                       f"{still.prefill_tok_s:.1f}"]  # fmt: skip
-    lines += [f"\n{engine}:\n  {command(plan, engine, windows)}" for engine in engines]
+    fits = that_fits(plan) if plan.too_full else plan
+    if plan.too_full and fits:
+        speeds = f"{fits.decode_tok_s:.1f} tok/s predicted, prompts {fits.prefill_tok_s:.1f}"
+        lines += ["", f"a line that fits, at {speeds}:"]
+    lines += [f"\n{engine}:\n  {command(fits, engine, windows)}" for engine in engines if fits]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)
+
+
+def mix_text(model: Model) -> str:
+    """Q4_K 16.4 GB (88%), Q6_K 2.1 GB (11%), …: what the file is made of, not only its name."""
+    held = types_held(model.tensors)
+    return ", ".join(f"{kind} {size_text(n)} ({share_text(n / model.nbytes)})" for kind, n in held.items())
 
 
 def count_text(number: int) -> str:

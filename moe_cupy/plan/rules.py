@@ -72,22 +72,27 @@ def n_cpu_ffn(count: int) -> list[Override]:
     return [Override(rf"blk\.{i}{DENSE_FFN}", CPU, "--n-cpu-ffn") for i in range(count)]
 
 
-def gpu_layers(text: str | None, layers: int) -> int:
-    """``-ngl`` as a number, at most ``layers`` and the output. Raises PlanError for what is none."""
+def gpu_layers(text: str | None, layers: int, behind: int = 0) -> int:
+    """``-ngl`` as a number, at most ``layers`` and the output. Raises PlanError for what is none.
+
+    llama.cpp counts the ``behind`` layers that a file has behind the trunk (nextn) too, next after the output.
+    """
     if text in (None, LAYERS_AUTO, LAYERS_ALL):
         return layers + 1
     if not re.fullmatch(r"-?\d{1,9}", str(text)):
         raise PlanError(f"-ngl {text}: expected a number of layers, 'auto' or 'all'")
-    return layers + 1 if int(str(text)) < 0 else min(int(str(text)), layers + 1)
+    count = int(str(text))
+    return layers + 1 if count < 0 else min(max(count - behind, min(count, 1)), layers + 1)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Tensor name -> device, why, and the device of each layer's past."""
+    """Tensor name -> device, why, and the devices of each layer's past and of the layer."""
 
     device: dict[str, str]
     reason: dict[str, str]
     pasts: tuple[str, ...]
+    homes: tuple[str, ...]  # of each layer by -ngl; where its kernels run
     tied_copy: bool  # the embedding is the output too, and a second copy of it is on the GPU
 
     def on(self, device: str, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -101,7 +106,8 @@ def first_rules(overrides: tuple[Override, ...], names: tuple[str, ...]) -> tupl
     return tuple(next((rule for pattern, rule in compiled if pattern.search(name)), None) for name in names)
 
 
-def place(model: Model, ngl: int, overrides: Sequence[Override], gpu: str | None = GPU) -> Placement:
+def place(model: Model, ngl: int, overrides: Sequence[Override], gpu: str | None = GPU,
+          kv_on_host: bool = False) -> Placement:  # fmt: skip
     """Where ``-ngl`` and the overrides put each tensor; without a GPU everything is in host memory."""
     device, reason = {}, {}
     first = model.layers + 1 - ngl
@@ -116,9 +122,10 @@ def place(model: Model, ngl: int, overrides: Sequence[Override], gpu: str | None
             device[name], reason[name] = CPU, "the input" if name == "token_embd.weight" else f"-ngl {ngl}"
         if gpu is None:
             device[name] = CPU
-    pasts = tuple(gpu if gpu and i >= first else CPU for i in range(model.layers))
+    homes = tuple(gpu if gpu and i >= first else CPU for i in range(model.layers))
+    pasts = (CPU,) * model.layers if kv_on_host else homes
     has_output = any(t.part == "output" for t in model.tensors)
-    return Placement(device, reason, pasts, tied_copy=bool(gpu and ngl > 0 and not has_output))
+    return Placement(device, reason, pasts, homes, tied_copy=bool(gpu and ngl > 0 and not has_output))
 
 
 def _index(tensor: Tensor, layers: int) -> int:

@@ -8,7 +8,7 @@ their slabs are equal, so they share a pool of slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,12 @@ class Layout:
     def routed_bytes(self) -> int:
         """Bytes of all routed experts of all layers."""
         return self.expert_count * sum(map(self.expert_bytes, range(len(self.layers))))
+
+    def only(self, layers: Collection[int]) -> Layout:
+        """The layout with the experts of these layers alone; the others have none."""
+        return make_layout(
+            self.expert_count, tuple(t if i in layers else () for i, t in enumerate(self.layers)), self.paths
+        )
 
 
 def _tensor(file: GGUFFile, paths: list[Path], name: str, view: View) -> Tensor:

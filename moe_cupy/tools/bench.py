@@ -15,12 +15,14 @@ import numpy as np
 
 from moe_cupy.engine import Engine
 from moe_cupy.engine.stats import Stats
+from moe_cupy.plan.rules import CPU
 from moe_cupy.tools.machine import cpu_name
 from moe_ref import __version__
 from moe_ref.inspect import describe
 
 COUNTED = ("prompt_tokens", "prompt_seconds", "generated_tokens", "generated_seconds", "hits", "misses", "late",
-           "evictions", "bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_us")  # fmt: skip
+           "evictions", "bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_us", "host_hits", "host_misses",
+           "cpu_experts", "cpu_misses")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +124,12 @@ def as_record(engine: Engine, result: Result, warm: bool) -> dict[str, Any]:
         "model_n_params": facts["parameters"],
         "n_batch": o.ubatch_size,
         "n_ubatch": o.ubatch_size,
-        "n_threads": getattr(engine.device, "threads", 1),
+        "n_threads": getattr(engine.split.devices.get(CPU, engine.device), "threads", 1),
         "type_k": o.cache_type_k,
         "type_v": o.cache_type_v,
-        "n_gpu_layers": 0,
+        "kv_cache_bytes": engine.kv.nbytes,
+        "n_gpu_layers": engine.split.n_gpu_layers,
+        "n_cpu_moe": len(engine.placement.cpu.layers) if engine.placement.cpu else 0,
         "n_prompt": result.test.n_prompt,
         "n_gen": result.test.n_gen,
         "n_depth": result.test.n_depth,

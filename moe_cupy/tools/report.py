@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_cupy.engine import Engine
 from moe_cupy.engine.stats import Stats
+from moe_cupy.plan.report import PLACES
+from moe_cupy.plan.rules import GPU
+
+ON_NONE = "-"  # a number that launches are given
 
 
 def _figures(s: Stats) -> list[tuple[str, str]]:
     per_token = 1000 / max(1, s.tokens)
     wasted = s.bytes_wasted / max(1, s.tokens)
     share = 100 * s.cache_slots / s.experts if s.experts else 100.0
+    by_cpu = f"{s.cpu_experts} ({s.cpu_misses} read from the file first)"
     return [
         ("experts resident", f"{s.cache_slots} of {s.experts} ({share:.0f}%)"),
         ("cache memory", f"{s.cache_bytes / 2**20:.1f} MiB"),
@@ -20,6 +26,7 @@ def _figures(s: Stats) -> list[tuple[str, str]]:
         ("read per token", f"{s.bytes_per_token / 2**20:.2f} MiB ({wasted / 2**20:.2f} wasted)"),
         ("stall per token", f"{s.stall_us * 1e-6 * per_token:.2f} ms waiting for experts"),
         ("policy, prefetch", f"{s.policy}, {s.prefetch}"),
+        ("experts by the CPU", by_cpu if s.cpu_experts else "none beside the device's"),
     ]
 
 
@@ -30,3 +37,25 @@ def side_by_side(columns: Sequence[tuple[str, Stats]]) -> str:
     cells += [[name, *(row[i][1] for row in rows)] for i, (name, _) in enumerate(rows[0])]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def places(engine: Engine) -> dict[str, str]:
+    """Tensor of the file -> the device that has it, by what was loaded: experts are where they are computed."""
+    found = dict(engine.weights.lies)
+    for at, store in engine.stores.items():
+        for tensors in store.layout.layers:
+            found |= {engine.views[tensor.name].stored.name: at for tensor in tensors}
+    return found
+
+
+def tensor_lines(engine: Engine) -> list[str]:
+    """Every tensor, its bytes, place and the rule that put it there, as ``plan --tensors`` writes them."""
+    found, width = places(engine), max(map(len, engine.file.tensors))
+    cached = {engine.views[t.name].stored.name for s in engine.stores.values() for ts in s.layout.layers for t in ts}
+    lines = []
+    for t in engine.file.tensors.values():
+        at = found.get(t.name, ON_NONE)
+        why = engine.split.why.get(t.name, "")
+        why += ", by the expert cache" if t.name in cached and at == GPU else ""
+        lines.append(f"{t.name:{width}}  {t.type:8} {t.nbytes:>14,}  {PLACES.get(at, at):5} {why}".rstrip())
+    return lines

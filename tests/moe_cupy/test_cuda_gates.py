@@ -89,7 +89,8 @@ def test_dot_products_are_dp4a(compiler):
 def test_the_tensor_cores_are_asked_on_every_architecture(compiler):
     text = sources.program(sources.Unit("gemm_mma", "Q8_0"))
     for architecture in ARCHITECTURES:
-        assert "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32" in compiler.ptx(text, "gemm_mma.cu", architecture)
+        shape = "m8n8k16" if architecture < 80 else "m16n8k16"
+        assert f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32" in compiler.ptx(text, "gemm_mma.cu", architecture)
 
 
 def test_the_gate_can_fail(compiler):

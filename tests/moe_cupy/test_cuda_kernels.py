@@ -70,9 +70,7 @@ def test_all_formats_are_right_at_any_block_size_and_order_of_lanes(library, blo
 
 def test_every_kernel_stays_within_its_tolerance(library):
     worst = run_cases(64, 0, sources.FORMATS)
-    assert set(worst) | {"resolve", "fill"} == set(sources.kernels()), (
-        "a kernel without a case is not checked"
-    )
+    assert set(worst) | {"resolve", "fill"} == set(sources.kernels()), "a kernel without a case is not checked"
     for kernel, share in worst.items():
         exact = kernel in EXACT or kernel.startswith("embed")
         floor = 0.0 if exact else 1e-5 if kernel.startswith(CHAINS) else 0.001
@@ -193,7 +191,7 @@ def test_fill_copies_any_number_of_bytes_at_any_address(library, n, shift):
 
 
 def good_launch() -> Launch:
-    return launches.argmax(np.zeros(1, np.int32), np.zeros((1, 8), np.float32), 32)
+    return launches.argmax(np.zeros(1, np.float32), np.zeros(1, np.int32), np.zeros((1, 8), np.float32), 32)
 
 
 @pytest.mark.parametrize(
@@ -287,17 +285,19 @@ def test_a_sketch_runs_and_is_watched(library):
 
 
 MULTIPLY = """KERNEL(multiply)(int* c, const int8_t* a, const int8_t* b) {
-    int r = lane_id() / 4, t = lane_id() % 4, sums[2] = {c[8 * r + 2 * t], c[8 * r + 2 * t + 1]};
-    mma_8x8x16(sums, (int)load32((const uint8_t*)a + 16 * r + 4 * t), (int)load32((const uint8_t*)b + 16 * r + 4 * t));
-    c[8 * r + 2 * t] = sums[0], c[8 * r + 2 * t + 1] = sums[1];
+    int r = lane_id() / 4, t = lane_id() % 4, *upper = c + 8 * r + 2 * t, *lower = upper + 64;
+    int sums[4] = {upper[0], upper[1], lower[0], lower[1]}, rows[2];
+    for (int m = 0; m < 2; m++) rows[m] = (int)load32((const uint8_t*)a + 16 * (r + 8 * m) + 4 * t);
+    mma_16x8x16(sums, rows, (int)load32((const uint8_t*)b + 16 * r + 4 * t));
+    for (int i = 0; i < 2; i++) upper[i] = sums[i], lower[i] = sums[2 + i];
 }"""
 
 
 def test_the_tensor_cores_product_is_a_matrix_product_in_the_layout_of_the_instruction_set(library):
-    """PTX ISA, m8n8k16 of signed bytes: lane 4r + t has a[r, 4t:4t+4], b[4t:4t+4, r] and c[r, 2t:2t+2]."""
+    """PTX ISA, m16n8k16 of signed bytes: lane 4r + t has a[r, 4t:4t+4], b[4t:4t+4, r], c[r, 2t:2t+2], and row r + 8."""
     rng = np.random.default_rng(2)
-    a, b = (rng.integers(-128, 128, (8, 16), dtype=np.int8) for _ in range(2))  # b by columns
-    c = rng.integers(-1000, 1000, (8, 8), dtype=np.int32)
+    a, b = (rng.integers(-128, 128, (rows, 16), dtype=np.int8) for rows in (16, 8))  # b by columns
+    c = rng.integers(-1000, 1000, (16, 8), dtype=np.int32)
     want = c + a.astype(np.int32) @ b.T.astype(np.int32)
     Sketch(MULTIPLY)(1, 32, c, a, b, seed=4)
     assert np.array_equal(c, want)

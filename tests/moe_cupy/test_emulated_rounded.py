@@ -13,7 +13,6 @@ from fake_cupy import Cupy
 
 from moe_cupy.device import open_device
 from moe_cupy.device.cuda import CudaDevice
-from moe_cupy.device.emulated import EmulatedDevice
 from moe_cupy.engine import Engine
 from moe_cupy.kernels.cuda.cases import gemm_error, quantized, sum_error
 from moe_cupy.kernels.cuda.sources import BLOCK_FORMATS
@@ -24,6 +23,7 @@ from moe_cupy.tools.check import FINER, check_model
 from moe_ref.model import Model
 from moe_ref.quants import FormatError
 from moe_ref.weights import Weights
+from tests.eight_bits import RecordingDevice, product_in_blocks_of_32
 from tests.models import Shape, tiny_moe
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here: the emulated device needs it")
@@ -34,18 +34,6 @@ QUICK = ("Q4_K_M", "Q8_0")
 SAME = 0.001  # of what rounding changes: what the order of additions, which decides over few roundings, may do
 MIXED = Shape(layers=2, experts=8, used=3, width=256, inner=256, dense_type="Q8_0",
               expert_types=(("Q4_K", "Q4_K", "Q6_K"), ("Q4_0", "Q8_0", "F16")))  # fmt: skip
-
-
-class RecordingDevice(EmulatedDevice):
-    """Keeps the names of the kernels that it launched."""
-
-    def __init__(self, act: str = "q8") -> None:
-        self.launched: list[str] = []
-        super().__init__(act)
-
-    def run(self, launch: Any, stream: Any) -> None:
-        self.launched.append(launch.kernel)
-        super().run(launch, stream)
 
 
 @pytest.fixture
@@ -161,18 +149,9 @@ def test_experts_round_what_goes_in_and_what_lies_between(device, n_tokens, wave
         want, allowed = expert_and_error(case["x"][tokens], *(case[name][e] for name in three))
         assert (np.abs(parts[tokens, ranks] - want) <= allowed).all(), e
     assert device.launched.count("quantize_q8") == 1 + len(waves), "once x, and in each wave what lies between"
-    kernels = {name.partition("_Q")[0] for name in device.launched} - {"quantize_q8"}
-    tiles = {"gemm", "group_by_expert", "activate"}
+    kernels = device.bases() - {"quantize_q8"}
+    tiles = {"gemm_mma", "group_by_expert", "activate"}
     assert kernels == (tiles if n_tokens == 80 else {"expert_gate_up_q8", "expert_down_q8"})
-
-
-def product_in_blocks_of_32(exact: Any) -> Any:
-    def product(self: Weights, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
-        if self.views[name].stored.type in BLOCK_FORMATS:
-            x = quantized(np.ascontiguousarray(x, np.float32))[1].astype(x.dtype)
-        return exact(self, x, name, index)
-
-    return product
 
 
 def each_alone(logits: Any, tokens: np.ndarray) -> np.ndarray:

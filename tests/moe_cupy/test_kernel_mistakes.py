@@ -13,10 +13,10 @@ import pytest
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.kernels.cases import all_cases
 from moe_cupy.kernels.host import ops
-from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.table import OPS
 from moe_cupy.tools.check import error_over_tolerance
-from moe_ref.quants import BY_NAME, dequantize
+from moe_ref.quants import BY_NAME
+from tests.arrays import halves, weights
 
 ALONE = RowSplitter(1)
 
@@ -26,14 +26,6 @@ def device() -> Iterator[HostDevice]:
     opened = HostDevice(2)
     yield opened
     opened.close()
-
-
-def weights(w: Matrix) -> np.ndarray:
-    return dequantize(w.data, w.type, (w.rows, w.cols))
-
-
-def halves(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float16).astype(np.float32)
 
 
 def skip_last_block(x: Any, w: Any, out: Any, **options: Any) -> None:

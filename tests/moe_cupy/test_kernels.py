@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from moe_cupy.device import host
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.kernels.case import Case
+from moe_cupy.kernels.cuda.sources import FORMATS
 from moe_cupy.kernels.host import ops
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.layer_cases import attention_case
@@ -22,7 +23,8 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.samples import SCALES_AT, random_matrix
 from moe_cupy.kernels.table import OPS
 from moe_cupy.tools.check import check_ops, compare_logits, error_over_tolerance
-from moe_ref.quants import BY_NAME, dequantize
+from moe_ref.quants import BY_NAME
+from tests.arrays import weights
 
 ALONE = RowSplitter(1)
 
@@ -32,14 +34,6 @@ def device() -> Iterator[HostDevice]:
     opened = HostDevice(2)
     yield opened
     opened.close()
-
-
-def weights(w: Matrix) -> np.ndarray:
-    return dequantize(w.data, w.type, (w.rows, w.cols))
-
-
-def halves(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float16).astype(np.float32)
 
 
 def same_bits(got: np.ndarray, want: np.ndarray, context: str) -> None:
@@ -61,7 +55,7 @@ def test_every_op_on_every_format_stays_within_its_tolerance(device, seed):
 
 def test_the_tolerances_are_not_slack(device):
     """Of what is allowed, the float32 kernels use at least a thousandth somewhere (the exact ops use nothing)."""
-    exact = {"embed", "kv_store", "columns", "clamp"}
+    exact = {"embed", "kv_store", "columns", "clamp", "top_k"}
     for o in check_ops(device, SUPPORTED, 0):
         assert o.worst == 0 if o.name in exact else o.worst > 0.001, f"{o.name}: only {o.worst}"
 
@@ -113,6 +107,10 @@ def test_each_of_the_65536_halves_decodes_to_its_value(kind, dtype):
     ops.embed(ALONE, Matrix(kind, 1, 65536, every.view(np.uint8)), np.zeros(1, np.int32), out)
     want = every.view("<f2").astype(np.float32) if dtype else (every.astype(np.uint32) << 16).view(np.float32)
     same_bits(out[0], want, kind)
+
+
+def test_host_and_cuda_take_the_same_formats():
+    assert set(SUPPORTED) == set(FORMATS) and len(set(SUPPORTED)) == len(SUPPORTED)
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 import threading
 import time
 from functools import cache
@@ -254,6 +257,32 @@ def test_many_lists_in_a_row_are_all_done_however_the_helpers_are_placed():
         products.multiply(crew, x, w, out)
         assert np.array_equal(out, known), f"turn {turn}, {w.rows} rows"
     crew.close()
+
+
+WITH_EXPERTS = """
+import hashlib, numpy as np
+from moe_cupy.device.crew import Crew
+from moe_cupy.kernels.host.experts import run_experts
+from moe_cupy.kernels.samples import random_matrix
+rng = np.random.default_rng(0)
+three = [[random_matrix(rng, "Q4_K", 256, 256) for _ in range(4)] for _ in range(3)]
+x, parts = rng.normal(0, 1, (64, 256)).astype(np.float32), np.empty((64, 2, 256), np.float32)
+ids = np.argsort(rng.random((64, 4)), axis=1)[:, :2].astype(np.int32)
+run_experts(Crew(1, "q8"), x, (ids.copy(), np.arange(4), three), ("silu", None, {}, {}), parts)
+print(hashlib.sha256(parts.tobytes()).hexdigest())
+"""
+
+
+def test_no_memory_is_read_that_was_given_back():
+    """Jobs hold addresses. glibc overwrites what is given back if asked to: no bit of the result may change."""
+    environment = os.environ | {"PYTHONPATH": str(TRAINED.parents[1])}
+    seen = set()
+    for tunables in ("", "glibc.malloc.perturb=165"):
+        run = [sys.executable, "-c", WITH_EXPERTS]
+        done = subprocess.run(run, env=environment | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seen.add(done.stdout)
+    assert len(seen) == 1
 
 
 def test_while_cancelled_nothing_is_computed_and_afterwards_all():

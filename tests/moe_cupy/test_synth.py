@@ -28,7 +28,10 @@ def routes(tmp_path) -> str:
     return str(tmp_path / "t.npz")
 
 
-@pytest.mark.parametrize(("quant", "hidden", "ffn"), [("Q4_K", 256, 256), ("MXFP4", 256, 96), ("F16", 384, 40)])
+SHAPES = [("Q4_K", 256, 256), ("q4_k_m", 256, 256), ("MXFP4", 256, 96), ("F16", 384, 40)]
+
+
+@pytest.mark.parametrize(("quant", "hidden", "ffn"), SHAPES)
 def test_both_engines_take_the_recorded_routes(tmp_path, routes, quant, hidden, ffn):
     path = str(tmp_path / "m.gguf")
     shape = ["--hidden", str(hidden), "--ffn", str(ffn), "--quant", quant]
@@ -78,6 +81,17 @@ def test_the_file_is_sound_and_follows_from_the_seed(tmp_path):
         assert file.metadata["qwen3moe.expert_used_count"] == 3
         raw = file.read("blk.0.ffn_up_exps.weight")
         assert len(np.unique(raw.reshape(12, -1), axis=0)) == 12, "experts differ"
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q5_K_M", "Q3_K_M", "Q8_0", "Q4_0", "IQ4_XS", "MXFP4_MOE"])
+def test_mixes_have_the_types_that_llama_quantize_gave_a_file(mix):
+    """Expected: types of a qwen3moe file of 2 layers and 4 experts that llama.cpp's tool quantized."""
+    source = SHARED / "data" / "golden" / "quants" / f"qwen3moe-256.{mix}.gguf"
+    if not source.exists():
+        pytest.skip(f"{source} is absent")
+    with open_gguf(source) as file:
+        wanted = {tensor.name: tensor.type for tensor in file.tensors.values()}
+    assert {name: kind for name, kind, _ in Plan(256, 2, 4, 2, 256, 256, mix).tensors()} == wanted
 
 
 def test_it_is_streamed(tmp_path):

@@ -17,6 +17,8 @@ from moe_ref.model import Model
 from moe_ref.split import open_model
 
 GOLDEN = SHARED / "data/golden"
+
+
 def golden(name: str) -> Path:
     path = GOLDEN / name
     return path if path.is_file() else pytest.skip(f"no {name} in {GOLDEN}")

@@ -10,6 +10,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
+from arrays import same_bits
 from conftest import SHARED
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -21,16 +22,6 @@ SCALES = {"Q4_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208
 ODD_HALVES = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x83FF, 0x0400, 0x7BFF, 0xFBFF]
 ODD_HALVES += [0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7D01, 0x7FFF]
 ODD_SINGLES = [0x0000, 0x8000, 0x0001, 0x807F, 0x0080, 0x7F7F, 0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x7F81]  # upper halves
-
-
-def same_bits(got: np.ndarray, expected: np.ndarray, context: str) -> None:
-    assert got.dtype == np.float32 and got.shape == expected.shape, (context, got.dtype, got.shape, expected.shape)
-    a, b = got.ravel().view(np.uint32), np.ascontiguousarray(expected, np.float32).ravel().view(np.uint32)
-    wrong = np.flatnonzero(a != b)
-    assert not wrong.size, (
-        f"{context}: {wrong.size} of {a.size} differ, first at {wrong[0]}: "
-        f"{got.ravel()[wrong[0]]} ({a[wrong[0]]:#010x}), expected {expected.ravel()[wrong[0]]} ({b[wrong[0]]:#010x})"
-    )
 
 
 def by_gguf_py(raw: np.ndarray, name: str) -> np.ndarray:

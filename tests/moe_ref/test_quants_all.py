@@ -7,6 +7,7 @@ from collections.abc import Callable
 import gguf
 import numpy as np
 import pytest
+from arrays import same_bits
 from conftest import SHARED
 from gguf.constants import GGMLQuantizationType
 from gguf_writer import write_gguf
@@ -14,17 +15,6 @@ from gguf_writer import write_gguf
 from moe_ref.gguf import open_gguf
 from moe_ref.inspect import describe
 from moe_ref.quants import BY_ID, BY_NAME, FORMATS, dequantize
-
-
-def same_bits(got: np.ndarray, expected: np.ndarray, context: str) -> None:
-    assert got.dtype == np.float32 and got.shape == expected.shape, (context, got.dtype, got.shape, expected.shape)
-    a, b = got.ravel().view(np.uint32), np.ascontiguousarray(expected, np.float32).ravel().view(np.uint32)
-    wrong = np.flatnonzero(a != b)
-    assert not wrong.size, (
-        f"{context}: {wrong.size} of {a.size} differ, first at {wrong[0]}: "
-        f"{got.ravel()[wrong[0]]} ({a[wrong[0]]:#010x}), expected {expected.ravel()[wrong[0]]} ({b[wrong[0]]:#010x})"
-    )
-
 
 # ---------------------------------------------------------------------------------------------------------
 # Random blocks, against gguf-py where it decodes the type and otherwise against a second, plainer reading here

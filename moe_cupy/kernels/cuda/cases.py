@@ -166,23 +166,33 @@ def gemm_error(x: np.ndarray, w: Matrix, q8: bool) -> np.ndarray:
 
 
 def grouped_case(rng: np.random.Generator, kind: str, block: int, q8: bool, variant: str = "") -> Case:
-    """Pairs sorted by slot, then each slot's matrix times its own; one slot is empty and one pair has none."""
+    """Pairs sorted by slot, then each slot's matrix times its own; one slot is empty and one pair has none.
+
+    Pairs have weights; their experts, which are other numbers than slots, scales and biases.
+    """
     n_tokens, used, slots, rows, cols = 41, 2, 5, 70, max(BY_NAME[kind].block_elements, 32) * 2
     matrices = [random_matrix(rng, kind, rows, cols) for _ in range(slots)]
     slot_of = rng.choice([0, 0, 1, 4, 2], (n_tokens, used)).astype(np.int32)
     slot_of[3, 1] = -1
     given, x = as_input(normal(rng, n_tokens, cols), q8)
+    ids, weight, scale, bias = 4 - slot_of.ravel(), normal(rng, 82), normal(rng, 6), normal(rng, 6, rows)
     order, first, out = unset(82, dtype=np.int32), unset(slots + 1, dtype=np.int32), unset(82, rows)
     by_slot = np.argsort(slot_of.ravel(), kind="stable")[1:]
     begins = np.searchsorted(np.sort(slot_of.ravel()), np.arange(slots + 1)) - 1
     want, error = np.full(out.shape, np.nan), np.zeros(out.shape)
     for pair, slot in enumerate(slot_of.ravel()):
         if slot >= 0:
-            vector = x[pair // used : pair // used + 1]
-            want[pair], error[pair] = vector @ expand(matrices[slot]).T, gemm_error(vector, matrices[slot], q8)
+            vector, e = x[pair // used : pair // used + 1], ids[pair]
+            factor = weight[pair].astype(np.float64) * scale[e]
+            want[pair] = factor * (vector @ expand(matrices[slot]).T) + bias[e]
+            size = np.abs(want[pair]) + np.abs(bias[e])
+            error[pair] = np.abs(factor) * gemm_error(vector, matrices[slot], q8) + 4 * U * size
     sort = launches.group_by_expert(order, first, slot_of, block)
     table = Pointers([m.data for m in matrices])
-    product = launches.gemm(out, table, matrices[0], given, order, first, per_row=used, most=82, variant=variant)
+    product = launches.gemm(
+        out, table, matrices[0], given, order, first, ids=ids, weight=weight, scale=scale, bias=bias, per_row=used,
+        most=82, variant=variant,
+    )  # fmt: skip
     outputs = (Output(order, np.append(by_slot, -77)), Output(first, begins), Output(out, want, error))
     return Case(f"{product.kernel}, grouped", (sort, product), outputs)
 

@@ -17,6 +17,7 @@ from moe_cupy.kernels.samples import U, normal, random_matrix, unset
 from moe_ref import deltanet
 from moe_ref.attention import attend, sigmoid, visible
 from moe_ref.experts import ACTIVATIONS
+from moe_ref.kv_types import rotated
 from moe_ref.norm import l2_norm, layer_norm, rms_norm
 from moe_ref.quants import quantize
 from moe_ref.rope import apply_rope, rope_tables
@@ -208,6 +209,10 @@ def cache_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     want[rows, 34 : 5 * 34] = quantize(x[:, :128], "Q8_0")
     launch = launches.kv_store(blocks, x, rows, column=32, width=128, block=block)
     yield Case("kv_store_q8_0", (launch,), (Output(blocks, want),))
+    for count in (64, 512):
+        turned = normal(rng, 3, 1024)
+        want, launch = rotated(turned, count), launches.hadamard(turned, count, block)
+        yield Case(f"hadamard {count}", (launch,), (Output(turned, want.astype(np.float64)),))
 
 
 def rope_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
@@ -319,10 +324,11 @@ def small_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     want = old + np.einsum("tk,tkd->td", weights.astype(np.float64), parts)
     bound = 8 * U * (np.einsum("tk,tkd->td", np.abs(weights), np.abs(parts)) + np.abs(old))
     yield Case("combine", (launches.combine(out, parts, weights, True, block),), (Output(out, want, bound),))
-    logits, ids = normal(rng, 4, 1000), unset(4, dtype=np.int32)
+    logits, largest, ids = normal(rng, 4, 1000), unset(4), unset(4, dtype=np.int32)
     logits[0, [20, 700]], logits[1, 3], logits[2] = 9, np.nan, -np.inf
-    best = np.array([20, np.nanargmax(logits[1]), 0, logits[3].argmax()])
-    yield Case("argmax", (launches.argmax(ids, logits, block),), (Output(ids, best),))
+    last = logits[3].argmax()
+    best = Output(ids, np.array([20, 3, 0, last])), Output(largest, np.array([9, np.inf, -np.inf, logits[3, last]]))
+    yield Case("argmax", (launches.argmax(largest, ids, logits, block),), best)
     yield from top_k_cases(rng, block)
 
 
@@ -331,7 +337,7 @@ def top_k_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     for n, k, splits in ((333, 1, 3), (40, 8, 4), (30, 30, 1), (330, 64, 5)):
         logits = np.round(normal(rng, 3, n) * 8) / np.float32(8)  # many are equal
         logits[0, : n // 2], logits[1, 3], logits[2, n // 3 :] = -np.inf, np.nan, -np.inf
-        seen = np.where(np.isnan(logits), -np.inf, logits)
+        seen = np.where(np.isnan(logits), np.inf, logits)
         want_ids = np.argsort(-seen, axis=-1, kind="stable")[:, :k]
         shapes = (3, splits, k), (3, 1, k)
         (values, best), (ids, chosen) = ([unset(*shape, dtype=t) for shape in shapes] for t in (np.float32, np.int32))

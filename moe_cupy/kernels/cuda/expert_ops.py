@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.kernels.cuda import launches as to
+from moe_cupy.kernels.cuda.choice import product_variant
 from moe_cupy.kernels.cuda.launches import Slots
 from moe_cupy.kernels.cuda.ops import (
     MANY_TOKENS,
-    MAX_GRID,
     Launches,
     LaunchesAnd,
     Workspace,
     columns,
     is_rounded,
+    seen_by,
     taken,
 )
 from moe_cupy.kernels.matrix import Matrix
+
+MATRICES = ("gate", "up", "down")
+Extra = tuple[Mapping[str, tuple[Any, Any]], Any]  # scale [E] and bias [E, rows] by matrix; weights of inputs [T, k]
 
 
 def experts(
@@ -30,45 +34,59 @@ def experts(
 ) -> Launches:  # fmt: skip
     """All wanted experts at once, by the addresses of their matrices; ``on_host`` are the ids where Python sees them.
 
-    Each pair of token and rank is summed for itself and added to what the ``first`` launch of an event left there,
-    which is zero: so it does not matter over how many launches the experts are spread. Where many tokens are rounded
-    and nothing is scaled or biased, a matrix is read once for 32 of them instead (``by_expert``).
+    Of few tokens, each pair of token and rank is summed for itself and added to what the ``first`` launch of an event
+    left there, which is zero; of many, a matrix is read once for 32 of its pairs, and only they are written
+    (``by_expert``). Either way it does not matter over how many launches the experts are spread.
     """
-    (t, used, width), scales, biases = parts.shape, scales or {}, biases or {}
+    (t, used, width), like = parts.shape, (gate[0], up[0], down[0])
     tables, slot_of = tables_of(work, (gate, up, down), on_host, wanted)
-    h = work.scratch("inner", t, used, gate[0].rows)
-    extra = {n: (scales.get(n), biases.get(n)) for n in ("gate", "up", "down")}
-    like, is_plain = (gate[0], up[0], down[0]), not scales and not biases and weights is None
-    if t >= MANY_TOKENS and is_plain and all(is_rounded(work, w.type) for w in like):
-        most = int(np.bincount(on_host.ravel(), minlength=wanted.max() + 1)[wanted].max())
-        yield from by_expert(work, h, x, (tables, slot_of, most), like, activation, parts)
+    h, extra = work.scratch("inner", t, used, gate[0].rows), extra_of(scales, biases, weights)
+    if t >= MANY_TOKENS:
+        tokens_of = np.bincount(on_host.ravel(), minlength=wanted.max() + 1)
+        crowd = int(tokens_of[wanted].max()), on_host.size / np.count_nonzero(tokens_of)
+        yield from by_expert(work, h, x, (tables, slot_of, ids), crowd, like, activation, extra, parts)
         return
     inner = gate_up if gate[0].type == up[0].type else gate_then_up
-    yield from inner(work, h, x, (tables, slot_of, ids), like[:2], activation, (extra, weights))
-    pairs, rows, (factor, bias) = t * used, parts.reshape(t * used, width), extra["down"]
+    yield from inner(work, h, x, (tables, slot_of, ids), like[:2], activation, extra)
+    pairs, (factor, bias) = t * used, extra[0]["down"]
     given = yield from taken_anew(work, "rounded inner", h.reshape(pairs, -1), down[0].type)
-    for at in range(0, pairs, MAX_GRID):
-        some, which = slice(at, at + MAX_GRID), (a.reshape(pairs, 1)[at : at + MAX_GRID] for a in (slot_of, ids))
-        slots = Slots((tables[2],), *which)
-        yield to.expert_down(rows[some], given[some], slots, down[0], bias=bias, scale=factor, add=not first)
+    slots = Slots((tables[2],), slot_of.reshape(pairs, 1), ids.reshape(pairs, 1))
+    rows = parts.reshape(pairs, width)
+    yield to.expert_down(rows, given, slots, down[0], bias=bias, scale=factor, add=not first)
+
+
+def extra_of(scales: Any, biases: Any, weights: Any) -> Extra:
+    """What is done to the three products of an expert beside multiplying."""
+    scales, biases = scales or {}, biases or {}
+    return {name: (scales.get(name), biases.get(name)) for name in MATRICES}, weights
 
 
 def by_expert(
-    work: Workspace, h: Any, x: Any, where: tuple[Any, Any, int], like: tuple[Matrix, Matrix, Matrix], activation: str,
-    parts: Any,
+    work: Workspace, h: Any, x: Any, where: tuple[Any, Any, Any], crowd: tuple[int, float],
+    like: tuple[Matrix, Matrix, Matrix], activation: str, extra: Extra, parts: Any,
 ) -> Launches:  # fmt: skip
-    """The wanted pairs of parts [T, used, D], sorted by expert, by tiles of 32; the others are left alone."""
-    (t, used, width), (tables, slot_of, most) = parts.shape, where
+    """The wanted pairs of parts [T, used, D], sorted by expert, by tiles of 32; the others are left alone.
+
+    ``crowd``: how many pairs the most wanted expert has, and how many an expert has on average, wanted now or not.
+    """
+    (t, used, _), (tables, slot_of, ids), (of, weights), (most, vectors) = parts.shape, where, extra, crowd
     pairs, slots = t * used, tables.shape[1]
     order, first = (work.scratch(name, n, dtype=np.int32) for name, n in (("order", pairs), ("first", slots + 1)))
+
+    def product(name: str, out: Any, given: Any, **others: Any) -> to.Launch:
+        i, (scale, bias) = MATRICES.index(name), of[name]
+        variant = product_variant(*seen_by(work, given), vectors)
+        return to.gemm(
+            out.reshape(pairs, -1), tables[i], like[i], given, order, first, ids=ids.reshape(pairs), scale=scale,
+            bias=bias, most=most, variant=variant, **others,
+        )  # fmt: skip
+
     yield to.group_by_expert(order, first, slot_of)
-    up = work.scratch("inner up", *h.shape)
-    for out, table, w in ((h, tables[0], like[0]), (up, tables[1], like[1])):
-        given = yield from taken(work, x, w.type)
-        yield to.gemm(out.reshape(pairs, -1), table, w, given, order, first, per_row=used, most=most)
+    up, weight = work.scratch("inner up", *h.shape), None if weights is None else weights.reshape(pairs)
+    for name, out, w in (("gate", h, like[0]), ("up", up, like[1])):
+        yield product(name, out, (yield from taken(work, x, w.type)), per_row=used, weight=weight)
     yield to.activate(h, h, up, activation)
-    inner = yield from taken_anew(work, "rounded inner", h.reshape(pairs, -1), like[2].type)
-    yield to.gemm(parts.reshape(pairs, width), tables[2], like[2], inner, order, first, most=most)
+    yield product("down", parts, (yield from taken_anew(work, "rounded inner", h.reshape(pairs, -1), like[2].type)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +106,16 @@ def resident_experts(
     weights: Any = None, scales: Any = None, biases: Any = None,
 ) -> Launches:  # fmt: skip
     """The experts ids [1, k] of one token into parts [1, k, D], brought into slots where they are not there."""
-    (_, used, width), scales, biases = parts.shape, scales or {}, biases or {}
+    _, used, width = parts.shape
     slots, loads = work.scratch("slots", used, dtype=np.int32), work.scratch("loads", 2, used, dtype=np.int32)
     yield to.resolve(slots, (loads[0], loads[1]), ids, resident.lru, first_key)
     yield to.fill(resident.slot_at, resident.source_of, (loads[0], loads[1]), resident.lru.state, resident.slab_bytes)
-    like, extra = resident.like, {n: (scales.get(n), biases.get(n)) for n in ("gate", "up", "down")}
+    like, extra = resident.like, extra_of(scales, biases, weights)
     h, tables = work.scratch("inner", 1, used, like["gate"].rows), resident.tables
     inner = gate_up if like["gate"].type == like["up"].type else gate_then_up
     where = (tables["gate"], tables["up"]), slots.reshape(1, used), ids
-    yield from inner(work, h, x, where, (like["gate"], like["up"]), activation, (extra, weights))
-    down, (factor, bias) = Slots((tables["down"],), slots.reshape(used, 1), ids.reshape(used, 1)), extra["down"]
+    yield from inner(work, h, x, where, (like["gate"], like["up"]), activation, extra)
+    down, (factor, bias) = Slots((tables["down"],), slots.reshape(used, 1), ids.reshape(used, 1)), extra[0]["down"]
     given = yield from taken_anew(work, "rounded inner", h.reshape(used, -1), like["down"].type)
     yield to.expert_down(parts.reshape(used, width), given, down, like["down"], bias=bias, scale=factor)
 
@@ -124,7 +142,7 @@ def tables_of(
 
 def gate_up(
     work: Workspace, h: Any, x: Any, where: tuple[Any, Any, Any], like: tuple[Matrix, Matrix], activation: str,
-    extra: Any,
+    extra: Extra,
 ) -> Launches:  # fmt: skip
     """h [T, used, F] = act(gate x, up x) in one launch."""
     (tables, slot_of, ids), (of, weights) = where, extra
@@ -138,7 +156,7 @@ def gate_up(
 
 def gate_then_up(
     work: Workspace, h: Any, x: Any, where: tuple[Any, Any, Any], like: tuple[Matrix, Matrix], activation: str,
-    extra: Any,
+    extra: Extra,
 ) -> Launches:  # fmt: skip
     """The same where gate and up are of different types: one after the other, with x repeated for each rank."""
     (tables, slot_of, ids), (of, weights) = where, extra
@@ -152,8 +170,6 @@ def gate_then_up(
     for i, (out, name) in enumerate(((h, "gate"), (up, "up"))):
         rows = out.reshape(t * used, -1)
         given = yield from taken_anew(work, "rounded each", each.reshape(t * used, -1), like[i].type)
-        for at in range(0, t * used, MAX_GRID):
-            some = slice(at, at + MAX_GRID)
-            slots, (factor, bias) = Slots((tables[i],), *(a[some] for a in which)), of[name]
-            yield to.expert_down(rows[some], given[some], slots, like[i], bias=bias, scale=factor)
+        slots, (factor, bias) = Slots((tables[i],), *which), of[name]
+        yield to.expert_down(rows, given, slots, like[i], bias=bias, scale=factor)
     yield to.activate(h, h, up, activation)

@@ -7,7 +7,8 @@
 #define REGISTERS_PER_THREAD 128
 
 FORMAT_KERNEL(gemm_float)(float* out, const uint8_t* const* weight_of, const float* x, const int* order,
-                          const int* first, const float* bias, int pairs, int rows, int cols, int per_row, int add) {
+                          const int* first, const int* ids, const float* weight, const float* scale, const float* bias,
+                          int pairs, int rows, int cols, int per_row, int add) {
     SHARED(float, ws);                       // [32][64]: column, row
     float* xs = ws + 32 * TILE_ROWS;         // [32][32]: column, pair
     const Work work = work_of(weight_of, order, first, pairs, rows, cols, per_row);
@@ -39,5 +40,5 @@ FORMAT_KERNEL(gemm_float)(float* out, const uint8_t* const* weight_of, const flo
                 for (int r = 0; r < 4; r++) sum[j][r] += w4[r] * x4[j];
         }
     }
-    store_tile(out, sum, work, bias, add);
+    store_tile(out, sum, work, {ids, weight, scale, bias, add});
 }

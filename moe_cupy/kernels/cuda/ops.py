@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_cupy.kernels.cuda import launches as to
+from moe_cupy.kernels.cuda.choice import product_variant
 from moe_cupy.kernels.cuda.launches import CacheRows, Launch, Sight, ceil_div
 from moe_cupy.kernels.cuda.sources import BLOCK_FORMATS
 from moe_cupy.kernels.matrix import Matrix
@@ -33,6 +34,10 @@ class Workspace(Protocol):
     @property
     def act(self) -> str:
         """Whether activations are rounded where they meet block formats ("q8") or not ("f32")."""
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability of the device."""
 
     def rounding(self, x: Any) -> tuple[Any, bool]:
         """Room for the Q8 blocks of x, uint8 [..., cols / 32, 40], and whether they are there since x was written."""
@@ -89,10 +94,17 @@ def linear(
 ) -> Launches:
     """A tile of rows and tokens at a time where tokens are many, else a row."""
     given = yield from taken(work, x, w.type)
-    if len(x) < MANY_TOKENS or scale != 1.0:
+    if len(x) < MANY_TOKENS:
         yield to.gemv(out, w, given, bias, scale=scale, add=add)
         return
-    yield to.gemm(out, work.put("matrix", work.addresses([w.data])), w, given, bias=bias, add=add)
+    table, variant = work.put("matrix", work.addresses([w.data])), product_variant(*seen_by(work, given), len(x))
+    factor = None if scale == 1.0 else work.constant(f"factor {scale}", np.array([scale], np.float32))
+    yield to.gemm(out, table, w, given, scale=factor, bias=bias, add=add, variant=variant)
+
+
+def seen_by(work: Workspace, given: Any) -> tuple[tuple[int, int], bool]:
+    """What the choice of a kernel for a product with ``given`` depends on, beside how many vectors it is."""
+    return work.capability, to.is_q8(given)
 
 
 def linear_add(work: Workspace, x: Any, w: Matrix, out: Any, scale: float = 1.0, bias: Any = None) -> Launches:
@@ -161,6 +173,10 @@ def rope(work: Workspace, x: Any, cos: Any, sin: Any, style: str, first: int = 0
     yield to.rope(x, cos, sin, style, offset=first)
 
 
+def hadamard(work: Workspace, x: Any, count: int) -> Launches:
+    yield to.hadamard(x, count)
+
+
 def kv_store(work: Workspace, cache: Any, new: Any, position: int) -> Launches:
     yield to.kv_store(cache, new, work.positions(position, len(new)))
 
@@ -208,6 +224,21 @@ def delta_rule(
     before: Any, after: Any,
 ) -> Launches:  # fmt: skip
     yield to.delta_recur(out, qkv, (fade, share), (before, after), key_heads, epsilon=epsilon, tiled=tiled)
+
+
+# Sampling
+
+
+def top_k(work: Workspace, logits: Any, values: Any, ids: Any) -> Launches:
+    (n_tokens, k), n = ids.shape, logits.shape[1]
+    if k == 1:
+        yield to.argmax(values, ids, logits)
+        return
+    parts = to.top_k_parts(n, k)
+    shape = n_tokens, parts, k
+    some, which = work.scratch("best values", *shape), work.scratch("best ids", *shape, dtype=np.int32)
+    yield to.top_k(some, which, logits)
+    yield to.top_k(values.reshape(n_tokens, 1, k), ids.reshape(n_tokens, 1, k), some, which)
 
 
 # Routed experts (and expert_ops.py)

@@ -19,11 +19,18 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
     asm("{ .reg .b16 t; cvt.rn.f16.f32 t, %1; mov.b16 %0, t; }" : "=h"(bits) : "f"(x));
     return bits;
 }
-// c += a b by the tensor cores: 8 x 16 times 16 x 8 signed bytes, all lanes of a warp together. Lane 4r + t gives
-// bytes 4t..4t+3 of row r of a and of column r of b, and has columns 2t and 2t + 1 of row r of c (PTX ISA, m8n8k16).
-__device__ __forceinline__ void mma_8x8x16(int (&c)[2], int a, int b) {
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                 : "+r"(c[0]), "+r"(c[1]) : "r"(a), "r"(b));
+// c += a b by the tensor cores: 16 x 16 times 16 x 8 signed bytes, all lanes of a warp together. Lane 4r + t gives
+// bytes 4t..4t+3 of rows r and r + 8 of a and of column r of b, and has columns 2t and 2t + 1 of both rows of c (PTX
+// ISA, m16n8k16). Compute capability 7.5 has half of it, m8n8k16; from 10.0 on that becomes a whole one, half empty.
+__device__ __forceinline__ void mma_16x8x16(int (&c)[4], const int (&a)[2], int b) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+#else
+    for (int m = 0; m < 2; m++)
+        asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                     : "+r"(c[2 * m]), "+r"(c[2 * m + 1]) : "r"(a[m]), "r"(b));
+#endif
 }
 #endif
 

@@ -40,7 +40,7 @@ PER_FORMAT: dict[str, tuple[str, ...]] = {
     "gemm": BLOCK_FORMATS,
     "gemm_float": FORMATS,
     "gemm_pipelined": ("Q8_0", "Q4_K", "MXFP4"),
-    "gemm_mma": ("Q8_0", "Q4_K", "Q6_K", "MXFP4"),
+    "gemm_mma": BLOCK_FORMATS,
     "attention_decode": CACHE_FORMATS,
     "attention_prefill": CACHE_FORMATS,
 }

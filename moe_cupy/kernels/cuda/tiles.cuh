@@ -93,18 +93,25 @@ template <class F> __device__ __forceinline__ void multiply_tile(float (&sum)[4]
         }
     }
 }
-__device__ __forceinline__ void store_tile(float* out, const float (&sum)[4][4], const Work& work, const float* bias,
-                                           int add) {
+// What becomes of a product y of pair p: out (+)= weight[p] scale[e] y + bias[e], e the pair's expert, or 0.
+struct Finish {
+    const int* ids;      // [pairs], or null
+    const float *weight, *scale, *bias;  // [pairs], [E], [E, rows]; each may be null
+    int add;
+};
+__device__ __forceinline__ void store(float* out, float y, const Work& work, int p, int r, const Finish& finish) {
+    if (!work.is_pair(p) || !work.is_row(r)) return;
+    const long long pair = work.pair(p), e = finish.ids ? finish.ids[pair] : 0;
+    if (finish.weight) y *= finish.weight[pair];
+    if (finish.scale) y *= finish.scale[e];
+    if (finish.bias) y += finish.bias[e * work.rows + work.row0 + r];
+    float* where = out + pair * work.rows + work.row0 + r;
+    *where = finish.add ? *where + y : y;
+}
+__device__ __forceinline__ void store_tile(float* out, const float (&sum)[4][4], const Work& work,
+                                           const Finish& finish) {
 #pragma unroll
-    for (int p = 0; p < 4; p++) {
-        if (!work.is_pair(my_pair() + p)) continue;
-        float* mine = out + work.pair(my_pair() + p) * work.rows + work.row0;
+    for (int p = 0; p < 4; p++)
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            const int row = my_row() + r;
-            if (!work.is_row(row)) continue;
-            const float y = bias ? sum[p][r] + bias[work.row0 + row] : sum[p][r];
-            mine[row] = add ? mine[row] + y : y;
-        }
-    }
+        for (int r = 0; r < 4; r++) store(out, sum[p][r], work, my_pair() + p, my_row() + r, finish);
 }

@@ -83,3 +83,19 @@ def attention(q, past, factors, seen, out, first, last):
             total = exponential(sinks[h] - top)
         to_shares(seen_scores, top)
         mix(seen_scores, total + sum_of(seen_scores), v[low:high], g, out[t, h])
+
+
+@njit("void(f4[:, ::1], f4, i8, i8)", nogil=True, cache=True)
+def hadamard(runs, scale, first, last):
+    """Rows first..last-1 of runs [n, count] times scale and the Hadamard matrix: sums and differences, ever further."""
+    count = runs.shape[1]
+    for r in range(first, last):
+        for i in range(count):
+            runs[r, i] *= scale
+        length = 1
+        while length < count:
+            for at in range(0, count, 2 * length):
+                for i in range(at, at + length):
+                    a, b = runs[r, i], runs[r, i + length]
+                    runs[r, i], runs[r, i + length] = a + b, a - b
+            length *= 2

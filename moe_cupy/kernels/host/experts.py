@@ -9,9 +9,10 @@ import numpy as np
 from numba import njit
 
 from moe_cupy.kernels.host import jobs as j
-from moe_cupy.kernels.host.layer import ACTIVATIONS, activate_rows
+from moe_cupy.kernels.host.layer import ACTIVATIONS
+from moe_cupy.kernels.host.pieces import list_rounding
 from moe_cupy.kernels.host.products import Crew, address_of, give, template
-from moe_cupy.kernels.host.rounding import new_panel, round_rows
+from moe_cupy.kernels.host.rounding import new_panel
 from moe_cupy.kernels.matrix import Matrix
 
 MATRICES = ("gate", "up", "down")
@@ -57,24 +58,14 @@ def weigh(x, weights, tokens, ranks):
 
 
 @njit
-def round_for_each(state, job, x, rows, starts):
-    """Rows ``rows`` of x rounded for a job, apart for each expert; one row alone serves all."""
-    panel = new_panel(job[j.ROUNDING], rows.size, job[j.COLS])
-    for i in range(starts.size - 1):
-        part = rows[starts[i] : starts[i + 1]]
-        round_rows(job[j.ROUNDING], x, job[j.COLS], part, state[j.MOST], panel, starts[i])
-    return panel
-
-
-@njit
 def inner(state, layer, given, rows, experts, starts, middle):
     """middle[0] = gate x, middle[1] = up x for each pair; ``given``[rows] is x of a pair."""
-    count, shared = len(experts), len(given) == 1
+    count, shared = len(experts), len(given) == 1  # one vector serves all, and is rounded once
     jobs, results = np.empty((2 * count, j.JOB), np.int64), np.empty((2, rows.size), np.int64)
-    own = np.array([0, 1]) if shared else starts  # where the vectors of experts begin: one vector serves all
-    first = round_for_each(state, layer[0], given, rows[: own[-1]], own)
+    apart, vectors = (1 if shared else count), (1 if shared else rows.size)
     differ = layer[0, j.ROUNDING] != layer[1, j.ROUNDING]
-    second = round_for_each(state, layer[1], given, rows[: own[-1]], own) if differ else first
+    first = new_panel(layer[0, j.ROUNDING], vectors, layer[0, j.COLS])
+    second = new_panel(layer[1, j.ROUNDING], vectors, layer[1, j.COLS]) if differ else first
     for m in range(2):
         for p in range(rows.size):
             results[m, p] = middle[m, p].ctypes.data
@@ -84,19 +75,29 @@ def inner(state, layer, given, rows, experts, starts, middle):
             job[j.W] = experts[i, 1 + m]
             panel, at = (second if m else first), (0 if shared else starts[i])
             give(job, panel, at, results[m, starts[i] :].ctypes.data, starts[i + 1] - starts[i])
-    j.run(state, jobs)
+        if m == 0 or differ:
+            rounds = jobs[m * count : m * count + apart].copy()
+            list_rounding(state, rounds, given, rows)
+            j.run(state, rounds, (given, rows, first, second))
+    j.run(state, jobs, (first, second, results))
 
 
 @njit
-def outer(state, layer, middle, experts, starts, results):
-    """Each pair's product of middle [pairs, F] with its expert's down matrix goes to an address of ``results``."""
-    jobs = np.empty((len(experts), j.JOB), np.int64)
-    panel = round_for_each(state, layer[2], middle, np.arange(results.size), starts)
+def outer(state, layer, activation, middle, experts, starts, results):
+    """The product of act(middle[0], middle[1]) [pairs, F] with each pair's down matrix, to addresses ``results``."""
+    jobs, order = np.empty((len(experts), j.JOB), np.int64), np.arange(results.size)
+    panel = new_panel(layer[2, j.ROUNDING], results.size, layer[2, j.COLS])
     for i in range(len(experts)):
         jobs[i] = layer[2]
         jobs[i, j.W] = experts[i, 3]
         give(jobs[i], panel, starts[i], results[starts[i] :].ctypes.data, starts[i + 1] - starts[i])
-    j.run(state, jobs)
+    rounds = jobs.copy()
+    list_rounding(state, rounds, middle[0], order)
+    rounds[:, j.FUNCTION], rounds[:, j.UP] = state[j.ACTIVATE], middle[1].ctypes.data
+    rounds[:, j.ACTIVATION] = activation
+    j.run(state, rounds, (order, panel))
+    j.atomic_store(state, j.MORE, 0)
+    j.run(state, jobs, panel)
 
 
 @njit(
@@ -118,6 +119,7 @@ def experts_rows(state, layer, x, routes, adjusted, parts):
     pairs = find_pairs(ids, experts, starts, tokens, ranks)
     tokens, ranks, rows = tokens[:pairs], ranks[:pairs], tokens[:pairs]
     if pairs == 0:
+        j.atomic_store(state, j.MORE, 0)
         return
     if len(weights):
         x, rows = weigh(x, weights, tokens, ranks), np.arange(pairs)
@@ -128,9 +130,8 @@ def experts_rows(state, layer, x, routes, adjusted, parts):
         for p in range(starts[i], starts[i + 1]):
             for m in range(2):
                 adjust(middle[m, p], scales[m], biases[m], experts[i, 0])
-            activate_rows(activation, middle[0, p], middle[1, p])
             results[p] = parts[tokens[p], ranks[p]].ctypes.data
-    outer(state, layer, middle[0], experts, starts, results)
+    outer(state, layer, activation, middle, experts, starts, results)
     for i in range(len(experts)):
         for p in range(starts[i], starts[i + 1]):
             adjust(parts[tokens[p], ranks[p]], scales[2], biases[2], experts[i, 0])

@@ -22,8 +22,11 @@ from numba.extending import intrinsic
 KERNEL, W, ROW_BYTES, BLOCKS, VALUES, STEPS, SUMS, RESULTS, TOKENS, ROWS, COLS = 0, *range(4, 14)
 VALUE_BYTES, STEP_BYTES, SUM_BYTES, PIECE_ROWS, FIRST_PIECE = range(14, 19)  # ..._BYTES: of one vector
 ROUNDING = 19  # what its vectors are rounded to (``rounding.KINDS``)
-JOB = 20
+FUNCTION, UP, ACTIVATION, TILE = range(20, 24)  # of jobs that are no products: ``pieces.py``
+JOB = 24
 NEXT, DONE, JOBS, COUNT, ASLEEP, CANCELLED, HELPERS, MOST = range(0, 64, 8)  # each in a cache line of its own
+MORE = 59  # 1: the next list is being made, so nobody goes to sleep
+ROUND, ACTIVATE = 57, 58  # addresses of functions: they differ from process to process
 STATE = 64  # of HELPERS threads that help; at MOST so many vectors are multiplied at a time
 PIECE_WORK = 1 << 18  # multiply-adds in a piece: about 10 us
 FEWEST_ROWS = 32  # in a piece, so that its weights and one tile of vectors are used from the nearest cache
@@ -41,6 +44,18 @@ def call_rows(typingctx, kernel, arguments):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.UniTuple(types.int64, 9)), codegen
+
+
+@intrinsic
+def call_piece(typingctx, function, job, first, last):
+    """Call the function at an address with a job's address, its first row and the one after its last."""
+
+    def codegen(context, builder, signature, args):
+        made = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 3)
+        builder.call(builder.inttoptr(args[0], ir.PointerType(made)), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
 
 
 def _place(context, builder, array_type, array, index):
@@ -130,7 +145,11 @@ def do_piece(jobs, count, piece):
         job -= 8 * JOB
     rows = number_at(job + 8 * PIECE_ROWS)
     first = (piece - number_at(job + 8 * FIRST_PIECE)) * rows
-    product(job, first, min(first + rows, number_at(job + 8 * ROWS)))
+    last, function = min(first + rows, number_at(job + 8 * ROWS)), number_at(job + 8 * FUNCTION)
+    if function:
+        call_piece(function, job, first, last)
+    else:
+        product(job, first, last)
 
 
 @njit
@@ -150,15 +169,19 @@ def cut(jobs):
     pieces = 0
     for j in range(len(jobs)):
         job = jobs[j]
-        job[PIECE_ROWS] = max(FEWEST_ROWS, PIECE_WORK // max(1, job[COLS] * job[TOKENS]))
+        if not job[FUNCTION]:
+            job[PIECE_ROWS] = max(FEWEST_ROWS, PIECE_WORK // max(1, job[COLS] * job[TOKENS]))
         job[FIRST_PIECE] = pieces
         pieces += (job[ROWS] + job[PIECE_ROWS] - 1) // job[PIECE_ROWS]
     return pieces
 
 
 @njit
-def run(state, jobs):
-    """Do all jobs [n, JOB], with whoever serves ``state`` if there are helpers. Returns when they are done."""
+def run(state, jobs, held):
+    """Do all jobs [n, JOB], with whoever serves ``state`` if there are helpers. Returns when they are done.
+
+    ``held`` are the arrays whose addresses the jobs have: an array is freed after its last use, which this is.
+    """
     pieces = cut(jobs)
     if state[HELPERS] == 0 or pieces < 2:
         for piece in range(pieces):
@@ -185,7 +208,7 @@ def serve(state, idle_turns):
         if number & 0xFFFFF < (number >> 20) & 0xFFFFF and take(state, atomic_add(state, NEXT, 1)):
             idle = 0
         else:
-            idle += 1
+            idle += 1 - atomic_load(state, MORE)
             pause()
     atomic_add(state, ASLEEP, 1)
 

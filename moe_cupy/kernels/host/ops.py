@@ -11,6 +11,7 @@ from moe_cupy.kernels.host import attention as attending
 from moe_cupy.kernels.host import delta, layer, matmul, products, routing
 from moe_cupy.kernels.host.experts import MATRICES, run_experts
 from moe_cupy.kernels.matrix import Matrix
+from moe_ref.quants import quantize
 from moe_ref.quants.activations import round_for
 
 Vector = np.ndarray | None  # None: there is none
@@ -154,9 +155,30 @@ def rope(split: Split, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, style: s
     layer.rope(x, cos, sin, style == "neox", first)
 
 
+def hadamard(split: Split, x: np.ndarray, count: int) -> None:
+    """Runs of ``count`` numbers of x [..., n] (a power of two) times the orthonormal Hadamard matrix."""
+    runs = x.reshape(-1, count)
+    split(attending.hadamard, len(runs), 8 * count, runs, np.float32(count**-0.5))
+
+
 def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) -> None:
-    """cache[position:position+T] = new, rounded to the cache's type; cache [S, G, K], new [T, G, K]."""
-    cache[position : position + len(new)] = new
+    """cache[position:position+T] = new, rounded to the cache's type; cache [S, G, K], new [T, G, K].
+
+    A cache of uint8 is one of Q8_0 blocks, [S, G, K / 32 * 34].
+    """
+    cache[position : position + len(new)] = quantize(new, "Q8_0") if cache.dtype == np.uint8 else new
+
+
+def _kept(split: Split, cache: np.ndarray) -> np.ndarray:
+    """The numbers of cache rows [S, G, .] as float32 [S, G, K]."""
+    if cache.dtype == np.float32:
+        return cache
+    name, width = ("Q8_0", cache.shape[2] // 34 * 32) if cache.dtype == np.uint8 else ("F16", cache.shape[2])
+    rows, raw = len(cache) * cache.shape[1], cache.view(np.uint8).reshape(-1)
+    kind, row_bytes = matmul.layout(Matrix(name, rows, width, raw))
+    out, ids = np.empty((*cache.shape[:2], width), np.float32), np.arange(rows, dtype=np.int32)
+    split(matmul.embed_rows, rows, width, kind, row_bytes, raw, ids, out.reshape(rows, width))
+    return out
 
 
 def attention(
@@ -175,13 +197,15 @@ def attention(
 ) -> None:
     """Causal grouped-query attention; q [T, H, K], caches k [S, G, K] and v [S, G, at least V], out [T, H, V].
 
+    Caches hold float32, float16 or (uint8) Q8_0 blocks.
+
     A query sees ``window`` positions, its own included, or those since the last multiple of it if ``chunked``; 0: all.
     ``sinks`` [H] are logits that take a share and have no value; ``temperature`` [T] multiplies a query's scores.
     """
     n_tokens, heads, width = q.shape
     at = attending.oldest.py_func(n_past, window, chunked)
-    keys = np.asarray(k[at : n_past + n_tokens], np.float32)
-    values = keys if v is k else np.asarray(v[at : n_past + n_tokens], np.float32)
+    keys = _kept(split, k[at : n_past + n_tokens])
+    values = keys if v is k else _kept(split, v[at : n_past + n_tokens])
     scales = np.full(n_tokens, scale, np.float32) if temperature is None else np.float32(scale) * temperature
     work = 2 * width * len(keys)
     factors, seen = (scales, _vector(sinks)), (n_past, at, window, int(chunked))
@@ -305,3 +329,13 @@ def _expert(split: Split, x: np.ndarray, three: Any, own: Any, activation: str) 
 def combine(split: Split, parts: np.ndarray, weights: Vector, out: np.ndarray, add: bool = True) -> None:
     """out += sum over rank of weights [T, k] * parts [T, k, D], always in rank order; or = if not ``add``."""
     layer.combine(parts, np.empty((len(parts), 0), np.float32) if weights is None else weights, add, out)
+
+
+def top_k(split: Split, logits: np.ndarray, values: np.ndarray, ids: np.ndarray) -> None:
+    """The k largest of logits [T, n], best first, ties to the lower id: values and ids int32 [T, k].
+
+    A NaN counts as infinity, so that whoever looks at the values sees it.
+    """
+    seen = np.where(np.isnan(logits), np.float32(np.inf), logits)
+    ids[...] = np.argsort(-seen, axis=-1, kind="stable")[:, : ids.shape[1]]
+    values[...] = np.take_along_axis(seen, ids, -1)

@@ -9,7 +9,8 @@ import numpy as np
 from numba import njit
 
 from moe_cupy.kernels.host import jobs as j
-from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_HALVES, new_panel, round_rows
+from moe_cupy.kernels.host.pieces import list_rounding
+from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_HALVES, new_panel
 from moe_cupy.kernels.host.simd.compiler import rows_address
 from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.host.simd.nibbles import BY_HALVES
@@ -26,7 +27,7 @@ class Crew(Protocol):
     state: np.ndarray
 
     def wake(self) -> None:
-        """See that those who help are awake."""
+        """See that those who help are awake, until MORE is 0 again."""
 
 
 def takes(w: Matrix, act: str) -> bool:
@@ -82,6 +83,16 @@ def give(job, panel, at, results, tokens):
     job[j.RESULTS], job[j.TOKENS] = results, tokens
 
 
+@njit
+def multiply_jobs(state, jobs, x, order, held):
+    """Round the vectors of jobs [n, JOB] of products, rows ``order`` of x in their turn; then do them."""
+    rounds = jobs.copy()
+    list_rounding(state, rounds, x, order)
+    j.run(state, rounds, (x, order, held))
+    j.atomic_store(state, j.MORE, 0)
+    j.run(state, jobs, held)
+
+
 @njit("void(i8[::1], i8[::1], f4[:, ::1], f4[:, ::1])", nogil=True, cache=True)
 def multiply_rows(state, job, x, out):
     """out = x W^T for the matrix of a job; x [T, cols], out [T, rows]."""
@@ -89,9 +100,8 @@ def multiply_rows(state, job, x, out):
     panel, results = new_panel(job[j.ROUNDING], tokens, job[j.COLS]), np.empty(tokens, np.int64)
     for t in range(tokens):
         results[t] = out[t].ctypes.data
-    round_rows(job[j.ROUNDING], x, job[j.COLS], np.arange(tokens), state[j.MOST], panel, 0)
     give(jobs[0], panel, 0, results.ctypes.data, tokens)
-    j.run(state, jobs)
+    multiply_jobs(state, jobs, x, np.arange(tokens), (panel, results))
 
 
 @njit("void(i8[::1], i8[::1], f4[:, :, ::1], f4[:, :, ::1])", nogil=True, cache=True)
@@ -99,16 +109,14 @@ def multiply_heads(state, job, x, out):
     """out[t, h, :rows] = W[h] x[t, h, :cols]; the job is of the first of H matrices; x and out [T, H, .]."""
     tokens, heads, width = x.shape
     jobs, results = np.empty((heads, job.size), np.int64), np.empty((heads, tokens), np.int64)
-    panel = new_panel(job[j.ROUNDING], tokens * heads, job[j.COLS])
+    panel, order = new_panel(job[j.ROUNDING], tokens * heads, job[j.COLS]), np.empty(heads * tokens, np.int64)
     for h in range(heads):
-        order = heads * np.arange(tokens) + h
-        round_rows(job[j.ROUNDING], x.reshape(-1, width), job[j.COLS], order, state[j.MOST], panel, h * tokens)
         for t in range(tokens):
-            results[h, t] = out[t, h].ctypes.data
+            results[h, t], order[h * tokens + t] = out[t, h].ctypes.data, heads * t + h
         jobs[h] = job
         jobs[h, j.W] += h * job[j.ROWS] * job[j.ROW_BYTES]
         give(jobs[h], panel, h * tokens, results[h].ctypes.data, tokens)
-    j.run(state, jobs)
+    multiply_jobs(state, jobs, x.reshape(-1, width), order, (panel, results))
 
 
 def multiply(crew: Crew, x: np.ndarray, w: Matrix, out: np.ndarray) -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from moe_cupy.plan.choose import make_plan
 from moe_cupy.plan.cost import offload_threshold, static_decode, total, waiting
 from moe_cupy.plan.hardware import gpu_called, machine_called, pcie_bytes_s, practical, ram_bytes_s
 from moe_cupy.plan.hits import curve_of, replayed
 from moe_cupy.plan.memory import Settings, past_bytes, use_of
-from moe_cupy.plan.planner import Request, cached_plan, make_plan, static_plan
+from moe_cupy.plan.planner import Request, cached_plan, static_plan
 from moe_cupy.plan.rules import GPU, cpu_moe, place
 from moe_cupy.plan.shapes import Past, preset
 from moe_cupy.plan.tables import table

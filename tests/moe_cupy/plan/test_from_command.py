@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_cupy.__main__ import main
-from moe_cupy.plan.llama_command import read_command, split_words
+from moe_cupy.plan import PlanError
+from moe_cupy.plan.hardware import machine_called
+from moe_cupy.plan.llama_command import others, read_command, spellings
+from moe_cupy.plan.llama_words import split_words
+from moe_cupy.plan.memory import use_of
+from moe_cupy.plan.planner import static_plan
+from moe_cupy.plan.rules import GPU
+from moe_cupy.plan.shapes import preset
 
 
 def planned(capsys, *words: str) -> dict:
@@ -76,5 +86,128 @@ def test_the_command_keeps_the_file_and_the_threads_of_the_line(capsys):
 
 
 def test_what_a_line_asks_for_and_is_not_planned_is_said():
-    assert any("-nkvo" in r for r in read_command("llama-server -m a.gguf -nkvo").remarks)
+    assert any("-ts 3,1" in r for r in read_command("llama-server -m a.gguf -ts 3,1").remarks)
     assert not any("memory-mapped" in r for r in read_command("llama-server -m a.gguf -ot exps=CPU -rtr").remarks)
+
+
+MISSION = machine_called("rtx5080-128g")
+
+
+@pytest.mark.parametrize(("line", "over"), [
+    ("llama-server -m Qwen3-30B-A3B-Q8_0.gguf -ngl 99", "weights"),
+    ("llama-server -m Qwen3-30B-A3B-Q4_K_M.gguf -ngl 99 -ncmoe 20 -c 40960 -ub 4096 -b 4096", "experts"),
+    ("llama-server -m Qwen3-30B-A3B-Q4_K_M.gguf -ngl 99 -ot exps=CPU -c 400000", "context"),
+])  # fmt: skip
+def test_a_line_that_overfills_a_card_is_explained_all_the_same(capsys, line, over):
+    """Every tensor with its place, how many MiB are too many, and changes each of which makes it fit."""
+    assert main(["plan", "--from-command", line]) == 2
+    said = capsys.readouterr()
+    assert said.out.count(" VRAM  ") > 300 and "does not fit" in said.out and "a line that fits" in said.out
+    command = read_command(line)
+    model = preset("qwen3-30b-a3b", "Q8_0" if "Q8_0" in line else "Q4_K_M")
+    plan = static_plan(model, MISSION, replace(command.request, overfull=True))
+    mib = -(-(use_of(model, plan.placement, plan.settings, GPU).total - 16 * 2**30) // 2**20)
+    assert f"{mib} MiB" in said.err and "Traceback" not in said.err
+    for change in re.search(r"nearest that works: (.*)", said.err)[1].split(" or "):
+        with_it = f"{line} {change.removesuffix(' instead of -ot')}"
+        if "instead" in change or "--n-cpu-moe" in change or "--cpu-moe" in change:
+            with_it = re.sub(r" (-ot \S+|-ncmoe \d+)(?= |$)", "", line) + " " + change.removesuffix(" instead of -ot")
+        assert not static_plan(model, MISSION, replace(read_command(with_it).request, overfull=True)).too_full, change
+
+
+def test_the_tensors_of_a_line_that_does_not_fit_are_in_the_json(capsys):
+    assert main(["plan", "--from-command", "llama-server -m Qwen3-235B-A22B-Q4_K_M.gguf -ngl 99", "--json"]) == 2
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plan["fits"] is False and len(plan["tensors"]) > 10 and "MiB" in plan["warnings"][0]
+
+
+def test_the_context_in_host_memory():
+    """-nkvo: no past on the card, and it costs."""
+    model, line = preset("qwen3-30b-a3b"), "llama-server -m a.gguf -ngl 99 -ncmoe 48 -c 16384"
+    plans = [static_plan(model, MISSION, read_command(line + more).request) for more in ("", " -nkvo")]
+    assert plans[0].use.past > 10**9 and plans[1].use.past == 0
+    assert plans[1].use.weights == plans[0].use.weights and plans[1].decode_tok_s < plans[0].decode_tok_s
+
+
+@pytest.mark.parametrize(("more", "used"), [
+    ("--override-kv qwen3moe.expert_used_count=int:4", 4), ("-ser 6,1", 6), ("-ser 6,0.5", None), ("", None),
+])  # fmt: skip
+def test_fewer_experts_a_token(more, used):
+    assert read_command(f"llama-server -m a.gguf {more}").used == used
+
+
+def test_prompts_stay_on_the_cpu_without_op_offload():
+    model, line = preset("qwen3-30b-a3b"), "llama-server -m a.gguf -ngl 99 -ot exps=CPU"
+    names = [t.name for t in static_plan(model, MISSION, read_command(line + " -nopo").request).prompt_terms]
+    assert any("by the CPU" in name for name in names) and not any("once a batch" in name for name in names)
+
+
+def test_mapped_pages_are_copied_more_slowly():
+    model, line = preset("qwen3-30b-a3b"), "llama-server -m a.gguf -ngl 99 -ot exps=CPU"
+    speed = [static_plan(model, MISSION, read_command(line + more).request).prefill_tok_s
+             for more in ("", " --no-mmap", " -lm none", " --load-mode mmap")]  # fmt: skip
+    assert speed[0] == speed[3] < speed[1] == speed[2]
+
+
+@pytest.mark.parametrize("flag", sorted({**spellings(), **others()}))
+def test_every_flag_of_both_engines_is_known(flag):
+    """Planned with, told about, or named as of no matter; whichever, it takes its value with it."""
+    takes = {**others(), **spellings()}[flag][1]
+    value = {"-ot": "exps=CPU", "--override-tensor": "exps=CPU", "-fa": "on", "--flash-attn": "on",
+             "-fit": "on", "--fit": "on"}.get(flag, "2")  # fmt: skip
+    said = read_command(f"llama-server -m a.gguf {flag} {value if takes else ''} -ngl 7")
+    assert said.request.ngl in ("7", "2") and not [r for r in said.remarks if "not known" in r]
+    if flag in others():
+        assert [r for r in said.remarks if flag in r]
+
+
+LINES = [
+    ("docker run --gpus all -v /m:/m ghcr.io/ggml-org/llama.cpp:server-cuda -m a.gguf -ngl 7", "7"),
+    ("$env:CUDA_VISIBLE_DEVICES=0; .\\llama-server.exe -m a.gguf `\r\n -ngl 7", "7"),
+    ("set CUDA_VISIBLE_DEVICES=0 && llama-server.exe -m a.gguf ^\r\n -ngl 7", "7"),
+    ("llama-server -m a.gguf \\  \n # the card\n -ngl 7 2>&1 | tee log.txt", "7"),
+    ("llama-server \u2013m a.gguf \u2014ngl 7", "7"),
+    ("llama-server -m \u201ca b.gguf\u201d -ngl 7", "7"),
+    ("LLAMA_ARG_N_GPU_LAYERS=7 LLAMA_ARG_CPU_MOE=1 llama-server -m a.gguf", "7"),
+    ("export GGML_CUDA_ENABLE_UNIFIED_MEMORY=1; ./build/bin/llama-server -m a.gguf -ngl 7", "7"),
+    ("./server -m a.gguf -ngl 7", "7"),
+]
+
+
+@pytest.mark.parametrize(("line", "layers"), LINES, ids=[line[:30] for line, _ in LINES])
+def test_lines_of_shells_and_forums(line, layers):
+    said = read_command(line)
+    assert said.request.ngl == layers and said.model in ("a.gguf", "a b.gguf")
+    assert not [r for r in said.remarks if "not known" in r]
+
+
+def test_further_cards_are_counted_on_the_first_and_said():
+    said = read_command('ik/llama-server -m a.gguf -ngl 99 -ot "blk.1.=CUDA0,blk.2.=CUDA1,exps=CUDA_Host" -fmoe')
+    assert [rule.device for rule in said.request.overrides] == ["CUDA0", "CUDA0", "CPU"]
+    assert any(r.startswith("CUDA1: one card") for r in said.remarks) and said.engine == "ik_llama.cpp"
+
+
+words = st.one_of(
+    st.sampled_from(sorted({**spellings(), **others()})), st.text(max_size=12),
+    st.sampled_from(["exps=CPU", "99", "-1", "q8_0", "auto", "on", "\\\n", "^\n", "'", '"', "|", "=", "A=b", "2,1",
+                     "C:\\m\\a.gguf", "999999999", "qwen3-30b-a3b-Q4_K_M.gguf", "-", "--", "--ngl=3", "\u2013c"]),
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(words, max_size=12))
+def test_no_line_is_a_traceback(parts):
+    """A command, or a sentence about it."""
+    try:
+        said = read_command("llama-server " + " ".join(parts))
+    except PlanError as error:
+        assert str(error) and "\n" not in str(error).replace("\\n", "")
+        return
+    assert all(isinstance(remark, str) for remark in said.remarks)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(words, max_size=8))
+def test_no_line_is_a_traceback_when_planned(parts):
+    line = "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf " + " ".join(parts)
+    assert main(["plan", "--from-command", line, "--json"]) in (0, 2)

@@ -67,11 +67,14 @@ inline int __dp4a(int a, int b, int c) {
     return c;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline void mma_8x8x16(int (&c)[2], int a, int b) {  // see prelude.cuh
+inline void mma_16x8x16(int (&c)[4], const int (&a)[2], int b) {  // see prelude.cuh
     const int r = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     for (int t = 0; t < 4; t++) {
-        const int row = emulation::exchange(a, 4 * r + t);
-        for (int i = 0; i < 2; i++) c[i] = __dp4a(row, emulation::exchange(b, 4 * (column + i) + t), c[i]);
+        const int rows[2] = {emulation::exchange(a[0], 4 * r + t), emulation::exchange(a[1], 4 * r + t)};
+        for (int i = 0; i < 2; i++) {
+            const int bytes = emulation::exchange(b, 4 * (column + i) + t);
+            for (int m = 0; m < 2; m++) c[2 * m + i] = __dp4a(rows[m], bytes, c[2 * m + i]);
+        }
     }
 }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {

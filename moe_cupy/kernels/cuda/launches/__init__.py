@@ -13,6 +13,7 @@ from moe_cupy.kernels.cuda.launches.attention import (
     attention_combine,
     attention_decode,
     attention_prefill,
+    hadamard,
     kv_store,
     prefill_tile,
     rope,
@@ -69,7 +70,7 @@ __all__ = [
     "rms_norm", "quantize_q8", "gemv", "gemv_naive", "gemm", "group_by_expert", "embed", "argmax", "top_k",
     "top_k_parts",
     "router", "Slots", "expert_gate_up", "expert_down", "Residency", "resolve", "fill",
-    "Sight", "CacheRows", "rope", "kv_store", "attention_decode", "attention_combine", "attention_prefill",
+    "Sight", "CacheRows", "rope", "hadamard", "kv_store", "attention_decode", "attention_combine", "attention_prefill",
     "prefill_tile",
     "add_scaled", "multiply", "activate", "softcap", "clamp", "combine", "delta_convolve", "delta_gates", "delta_recur",
 ]  # fmt: skip

@@ -50,6 +50,11 @@ def rope(x: Any, cos: Any, sin: Any, style: str, positions: Any = None, offset: 
     return thread_each("rope", n_tokens * heads * half, block, *args)
 
 
+def hadamard(x: Any, count: int, block: int = 64) -> Launch:
+    """Runs of ``count`` numbers of x (a power of two) times the orthonormal Hadamard matrix, in place."""
+    return Launch("hadamard", (x.size // count, 1, 1), block, (x, count, count**-0.5), 4 * count)
+
+
 def kv_store(cache: Any, x: Any, rows: Any, column: int = 0, width: int = 0, block: int = 128) -> Launch:
     """cache[rows[t], column:][:width] = x[t, :width]; x [T, .], cache [ring, .] float32, float16 or Q8_0 blocks."""
     stride, row = x.size // len(x), cache.size // len(cache)

@@ -51,18 +51,22 @@ def gemv_naive(out: Any, w: Matrix, x: Any, block: int = 128) -> Launch:
 
 
 def gemm(
-    out: Any, weights: Any, like: Matrix, x: Any, order: Any = None, first: Any = None, *, bias: Any = None,
-    per_row: int = 1, most: int = 0, add: bool = False, variant: str = "",
+    out: Any, weights: Any, like: Matrix, x: Any, order: Any = None, first: Any = None, *, ids: Any = None,
+    weight: Any = None, scale: Any = None, bias: Any = None, per_row: int = 1, most: int = 0, add: bool = False,
+    variant: str = "",
 ) -> Launch:  # fmt: skip
-    """out [pairs, rows] (+)= x W_slot^T + bias; ``like`` gives type and shape, ``most`` bounds the pairs of a slot.
+    """out [pairs, rows] (+)= weight scale x W_slot^T + bias; ``like`` gives type and shape.
 
     weights: Pointers, or uint64 [slots] in device memory. x [pairs / per_row, cols] (activations as they are) or Q8
-    blocks, for which there are two variants, "pipelined" and "mma" (tensor cores), of a few formats. order and first:
-    see ``group_by_expert``.
+    blocks, for which there are two variants, "mma" (tensor cores) and, of a few formats, "pipelined". order and first:
+    see ``group_by_expert``; ``most`` bounds the pairs of a slot. ids int32 and weight [pairs], scale [E], bias
+    [E, rows]: all pairs are expert 0 without ids.
     """
     slots = len(weights.arrays) if isinstance(weights, Pointers) else len(weights)
     pairs, grid = len(out), (ceil_div(like.rows, 64), ceil_div(most or len(out), 32), slots)
-    args = (out, weights, x, order, first, bias, pairs, like.rows, like.cols, per_row, int(add))
+    args = (
+        out, weights, x, order, first, ids, weight, scale, bias, pairs, like.rows, like.cols, per_row, int(add),
+    )  # fmt: skip
     tile = 4 * (8 * (72 + 40) + 4 * 64 + 2 * 32) if is_q8(x) else 4 * 32 * (64 + 32)  # bytes
     name = "gemm" + (f"_{variant}" if variant else "" if is_q8(x) else "_float")
     return Launch(f"{name}_{like.type}", grid, 128, args, tile * (1 + (variant == "pipelined")))
@@ -80,9 +84,10 @@ def embed(out: Any, table: Matrix, ids: Any = None, scale: float = 1.0, block: i
     return Launch(f"embed_{table.type}", grid, block, (out, table.data, ids, table.cols, scale))
 
 
-def argmax(ids: Any, logits: Any, block: int = 256) -> Launch:
-    """logits [T, n] -> ids [T]."""
-    return Launch("argmax", (len(logits), 1, 1), block, (ids, logits, logits.shape[-1]), block // 32 * BEST_BYTES)
+def argmax(values: Any, ids: Any, logits: Any, block: int = 256) -> Launch:
+    """logits [T, n] -> values, ids [T]."""
+    args = (values, ids, logits, logits.shape[-1])
+    return Launch("argmax", (len(logits), 1, 1), block, args, block // 32 * BEST_BYTES)
 
 
 def top_k(values: Any, ids: Any, x: Any, x_ids: Any = None, block: int = 256) -> Launch:
