@@ -105,7 +105,7 @@ class CpuPart:
         """As a person reads it."""
         mib = 1 / 2**20
         whole = f"computes {ranges(self.homes)} and" if self.homes else "computes"
-        lines = [f"in RAM       {self.dense_bytes * mib:9.1f} MiB  of the dense part, with the embedding"]
+        lines = [f"in RAM       {self.dense_bytes * mib:9.1f} MiB  of the dense part"]
         if self.experts:
             share = f"{self.slots} slots = {100 * self.slots / self.experts:.0f}% in RAM"
             lines.append(f"CPU experts  {self.routed_bytes * mib:9.1f} MiB  {whole} the {self.experts} experts of "

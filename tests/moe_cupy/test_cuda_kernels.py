@@ -22,7 +22,7 @@ from moe_cupy.kernels.samples import normal, random_matrix, unset
 from moe_ref.quants import FORMATS as DECODERS
 from moe_ref.quants import dequantize
 
-EXACT = {"argmax", "clamp", "group_by_expert", "kv_store", "kv_store_q8_0", "quantize_q8", "top_k"}
+EXACT = {"argmax", "clamp", "group_by_expert", "hadamard", "kv_store", "kv_store_q8_0", "quantize_q8", "top_k"}
 CHAINS = ("delta_recur", "gemv_naive")  # one long sum a thread: its bound is far above what random errors add up to
 
 

@@ -243,7 +243,8 @@ def test_doctor_tests_the_kernels_of_the_gpu_too(emulated, monkeypatch, capsys, 
     monkeypatch.setattr(check, "check_ops", a_few)
     assert main(["doctor", "--folder", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert all(words in said for words in ("Card, compute 12.0", "kernels of the host device", "of the cuda device"))
+    expected = ("Card, compute 12.0", "kernels of the host device", "of the cuda device", "MOE_CUPY_SIMD=NAME")
+    assert all(words in said for words in expected)
     assert [name for name, _ in asked] == ["host", "cuda"] and "IQ2_XS" in asked[1][1] and "WRONG" not in said
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.kernels.cuda import launches as to
-from moe_cupy.kernels.cuda.choice import product_variant
+from moe_cupy.kernels.cuda.choice import pays_tiles, product_variant
 from moe_cupy.kernels.cuda.launches import Slots
 from moe_cupy.kernels.cuda.ops import (
     MANY_TOKENS,
@@ -34,9 +34,9 @@ def experts(
 ) -> Launches:  # fmt: skip
     """All wanted experts at once, by the addresses of their matrices; ``on_host`` are the ids where Python sees them.
 
-    Of few tokens, each pair of token and rank is summed for itself and added to what the ``first`` launch of an event
-    left there, which is zero; of many, a matrix is read once for 32 of its pairs, and only they are written
-    (``by_expert``). Either way it does not matter over how many launches the experts are spread.
+    Where an expert has few tokens, each pair of token and rank is summed for itself and added to what the ``first``
+    launch of an event left there, which is zero; where it has many, a matrix is read once for 32 of its pairs, and only
+    they are written (``by_expert``). Either way it does not matter over how many launches the experts are spread.
     """
     (t, used, width), like = parts.shape, (gate[0], up[0], down[0])
     tables, slot_of = tables_of(work, (gate, up, down), on_host, wanted)
@@ -44,8 +44,9 @@ def experts(
     if t >= MANY_TOKENS:
         tokens_of = np.bincount(on_host.ravel(), minlength=wanted.max() + 1)
         crowd = int(tokens_of[wanted].max()), on_host.size / np.count_nonzero(tokens_of)
-        yield from by_expert(work, h, x, (tables, slot_of, ids), crowd, like, activation, extra, parts)
-        return
+        if pays_tiles(all(is_rounded(work, w.type) for w in like), crowd[1]):
+            yield from by_expert(work, h, x, (tables, slot_of, ids), crowd, like, activation, extra, parts)
+            return
     inner = gate_up if gate[0].type == up[0].type else gate_then_up
     yield from inner(work, h, x, (tables, slot_of, ids), like[:2], activation, extra)
     pairs, (factor, bias) = t * used, extra[0]["down"]
