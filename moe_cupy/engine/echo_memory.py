@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_cupy.cache import Geometry
 from moe_cupy.compiled.echo import CompiledEcho
 from moe_cupy.compiled.state import ADDRESSES, RECORD
 
@@ -15,6 +16,11 @@ KEPT = ("rows", "used", "users")
 def parts(policy: CompiledEcho) -> tuple[np.ndarray, ...]:
     """The record, int64 [words], and the arrays; of its addresses the device makes no use."""
     return policy.state.view(np.int64), *(policy.arrays[name] for name in KEPT)
+
+
+def first_parts(geometry: Geometry) -> tuple[np.ndarray, ...]:
+    """``parts`` of a policy that has seen nothing yet."""
+    return parts(CompiledEcho(geometry))
 
 
 class EchoMemory:

@@ -14,8 +14,7 @@ import numpy as np
 from moe_cupy.cache import POLICIES, BudgetError, ExpertCache, Geometry
 from moe_cupy.cache.ranked import POWERS
 from moe_cupy.cache.tabled import RULES
-from moe_cupy.compiled.echo import CompiledEcho
-from moe_cupy.engine.echo_memory import parts as echo_parts
+from moe_cupy.engine.echo_memory import first_parts
 from moe_cupy.kernels.cuda import launches, sources
 from moe_cupy.kernels.cuda.check import all_cases
 from moe_cupy.kernels.cuda.launches import BY_KEY, STATE, Pointers, Residency
@@ -67,7 +66,7 @@ def empty_pool(policy: str) -> Residency:
     """A pool on the device as it begins."""
     by_key, state = np.zeros((36, len(BY_KEY)), np.int64), np.zeros(len(STATE), np.int64)
     by_key[:, 0], state[2] = -1, -1
-    number, echo = (0, echo_parts(CompiledEcho(GEOMETRY))) if policy == "echo" else (RULES[policy].number, None)
+    number, echo = (0, first_parts(GEOMETRY)) if policy == "echo" else (RULES[policy].number, None)
     return Residency(state, by_key, np.full(POOL, -1, np.int32), np.array(POWERS, np.int64), number, echo)
 
 
