@@ -153,7 +153,7 @@ def layer_shapes(c: ModelConfig, layer: Layer, file: GGUFFile) -> Shapes:
     shapes[block + "layer_output_scale.weight?"] = (1,)
     biases = _with_biases(shapes)
     if c.quirks.dense_beside:  # its router's scale is of another kind, and a bias has no place in its sum
-        del biases[block + "ffn_gate_inp.bias?"]
+        biases.pop(block + "ffn_gate_inp.bias?", None)  # a dense layer has no router
     return biases | shapes
 
 
