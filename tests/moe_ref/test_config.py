@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from moe_ref.config import ARCHITECTURES, ConfigError, ModelConfig, load_config
 from moe_ref.gguf import GGUFError, open_gguf
 from moe_ref.model import Model
 from moe_ref.quants import FORMATS, FormatError
+from moe_ref.tensors import expected_shapes
 
 MOE = {
     "general.architecture": "qwen3moe",
@@ -144,13 +146,24 @@ def test_a_key_that_llama_cpp_does_not_read_for_this_architecture_changes_nothin
         assert config(**{key: IGNORED[key]}) == config()
 
 
+GEMMA4 = {"general.architecture": "gemma4"} | {
+    f"gemma4.{key}": value for key, value in {
+        "block_count": 2, "embedding_length": 24, "context_length": 100, "attention.head_count": 2,
+        "attention.layer_norm_rms_epsilon": 1e-6, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2,
+    }.items()
+}  # fmt: skip
+
+
 def test_gemma4_caps_its_logits_at_30_where_the_key_is_absent_and_not_at_all_where_it_is_0():
-    keys = {"block_count": 2, "embedding_length": 24, "context_length": 100, "attention.head_count": 2,
-            "attention.layer_norm_rms_epsilon": 1e-6, "attention.sliding_window": 8,
-            "attention.sliding_window_pattern": 2}  # fmt: skip
-    metadata = {"general.architecture": "gemma4"} | {f"gemma4.{key}": value for key, value in keys.items()}
-    assert load_config(metadata, 11).final_logit_softcapping == 30
-    assert load_config(metadata | {"gemma4.final_logit_softcapping": 0.0}, 11).final_logit_softcapping == 0
+    assert load_config(GEMMA4, 11).final_logit_softcapping == 30
+    assert load_config(GEMMA4 | {"gemma4.final_logit_softcapping": 0.0}, 11).final_logit_softcapping == 0
+
+
+def test_gemma4_without_experts_has_dense_layers_and_no_router():
+    tensors = {f"blk.{i}.ffn_up.weight": SimpleNamespace(shape=(16, 24)) for i in range(2)}
+    file: Any = SimpleNamespace(path="", tensors=tensors)
+    shapes = expected_shapes(load_config(GEMMA4, 11), file)
+    assert shapes["blk.1.ffn_gate.weight"] == (16, 24) and not [name for name in shapes if "ffn_gate_inp" in name]
 
 
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
