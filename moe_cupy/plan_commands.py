@@ -17,6 +17,7 @@ from moe_cupy.plan.hardware import GB, Machine, machine_called, pcie_bytes_s
 from moe_cupy.plan.hits import Curve, replayed
 from moe_cupy.plan.llama_command import Command, read_command
 from moe_cupy.plan.memory import KV_TYPES, MIB
+from moe_cupy.plan.names import model_named, spelled
 from moe_cupy.plan.planner import Plan, Request, cached_plan, static_plan
 from moe_cupy.plan.report import as_json, no_plan, tensor_lines, text
 from moe_cupy.plan.rules import Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides
@@ -187,24 +188,15 @@ def model_called(name: str | None, quant: str | None) -> Model:
         if quant:
             remarks = [*remarks, f"--quant {quant}: a file has the types that it has; it is planned as it is"]
         return replace(model, remarks=(*model.remarks, *remarks))
+    found, said = model_named(name)
+    model = preset(found, quant or said)
     if name.endswith(".gguf"):
-        stem = Path(name).stem.lower()
-        known = [p for p in sorted(table("models"), key=len, reverse=True) if p in stem]
-        if not known:
-            raise PlanError(f"{name}: there is no such file, and its name is no preset's; presets: "
-                            + ", ".join(sorted(table("models"))))  # fmt: skip
-        found = preset(known[0], quant or quant_in(stem))
-        return replace(
-            found, remarks=(*found.remarks, f"{name}: no such file here; planned as {known[0]} {found.quant}")
-        )
-    return preset(name, quant)
-
-
-def quant_in(stem: str) -> str | None:
-    """The quantization that a file's name ends with."""
-    mixes = table("mixes")
-    names = [n for n in (*mixes, *mixes["alias"]) if n != "alias" and n.lower() in stem]
-    return max(names, key=len, default=None)
+        remark = f"{name}: no such file here; planned as {found} {model.quant}"
+    elif spelled(name) != found.lower():
+        remark = f"{name}: planned as {found} {model.quant}"
+    else:
+        return model
+    return replace(model, remarks=(*model.remarks, remark))
 
 
 def machine_of(args: argparse.Namespace) -> Machine:

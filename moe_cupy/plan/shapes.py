@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_cupy.plan.mixes import PARTS, UNQUANTIZED, Facts, layer_of, mix_called, types_of
+from moe_cupy.plan.names import known_as
 from moe_cupy.plan.tables import PlanError, flat, table
 from moe_ref.config import ModelConfig, load_config
 from moe_ref.quants import BY_NAME
@@ -20,7 +20,7 @@ from moe_ref.tensors import expected_shapes
 ROUTED = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps")  # llama.cpp's pattern for --cpu-moe
 SHARED = re.compile(r"_shexp\.")
 EPSILON = "attention.layer_norm_rms_epsilon"  # must be there; no byte depends on it
-NOT_KEYS = ("source", "note", "architecture", "vocab_size", "parameters", "optional", "tied", "native_quant")
+NOT_KEYS = ("source", "note", "also", "architecture", "vocab_size", "parameters", "optional", "tied", "native_quant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Model:
 
 def preset(name: str, quant: str | None = None) -> Model:
     """A named model in a quantization. Raises PlanError listing the nearest for an unknown name of either."""
-    row = _row(name)
+    row = _row(name := known_as(name))
     mix, remark = mix_called(quant or row.get("native_quant", "Q4_K_M"))
     keys = {f"{row['architecture']}.{key}": value for key, value in row.items() if key not in NOT_KEYS}
     keys |= {"general.architecture": row["architecture"], f"{row['architecture']}.{EPSILON}": 1e-6}
@@ -163,9 +163,7 @@ def _row(name: str) -> dict[str, Any]:
     models = table("models")
     known = {key.lower(): key for key in models}
     if name.lower() not in known:
-        near = difflib.get_close_matches(name.lower(), known, 3, 0.3)
-        hint = f"nearest: {', '.join(near)}; " if near else ""
-        raise PlanError(f"{name}: neither a file nor a preset; {hint}presets: {', '.join(sorted(known))}")
+        raise PlanError(f"{name}: no preset; presets: {', '.join(sorted(known))}")
     row = models[known[name.lower()]]
     return flat(models[row["same_as"]] | {"source": row["source"]} if "same_as" in row else row)
 
@@ -283,7 +281,12 @@ def _by_keys(file: Any, arch: str, common: dict[str, Any], remark: str) -> Model
 
 def main_type(tensors: tuple[Tensor, ...]) -> str:
     """The type that holds most bytes."""
+    return next(iter(types_held(tensors)), "none")
+
+
+def types_held(tensors: tuple[Tensor, ...]) -> dict[str, int]:
+    """Bytes of each type, the most first: what a mix is made of."""
     held: dict[str, int] = {}
     for tensor in tensors:
         held[tensor.type] = held.get(tensor.type, 0) + tensor.nbytes
-    return max(held, key=lambda name: held[name]) if held else "none"
+    return dict(sorted(held.items(), key=lambda item: -item[1]))

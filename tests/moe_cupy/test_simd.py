@@ -161,7 +161,7 @@ def test_every_format_is_written_for_every_instruction_set():
     assert {*SUPER_BLOCKS, *BLOCKS, *FLOATS} >= {
         "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"
     }  # fmt: skip
-    marks = {"avx2": "avx2.pmadd", "avx512": "vpdpwssd.512", "portable": "x86"}
+    marks = {"avx2": "avx2.pmadd", "avx512": "vpdpbusd.512", "portable": "x86"}
     for name, mark in marks.items():
         assert (mark in row_kernel("Q4_K", isa.SETS[name], 1)) == (name != "portable")
 
@@ -196,6 +196,18 @@ def test_vectors_are_rounded_to_the_references_bits(kind, most):
         assert np.array_equal(untiled(sums, count, most, 16 if kind == "Q8_K" else 1).reshape(whole.shape), whole)
     else:
         assert np.array_equal(got.reshape(count, COLS), round_to(x, kind))
+
+
+def test_vectors_for_q4_k_are_those_of_the_reference_in_the_order_of_their_kernel():
+    x, count = vectors(3), 3
+    panel = rounding.new_panel(rounding.Q8_K_BY_HALVES, count, COLS)
+    rounding.round_rows(rounding.Q8_K_BY_HALVES, x, COLS, np.arange(count), 1, panel, 0)
+    step, q = quantize_q8_k(x)
+    blocks = q.reshape(-1, 4, 2, 2, 16)  # pair of sub-blocks, low or high bits, half, weight
+    assert np.array_equal(panel[0].reshape(-1, 256), blocks.transpose(0, 2, 3, 1, 4).reshape(-1, 256))
+    assert np.array_equal(panel[2], step.reshape(-1))
+    sums = panel[4].reshape(-1, 8, 2)
+    assert np.array_equal(sums[..., 0], blocks.sum((3, 4)).reshape(-1, 8)) and not sums[..., 1].any()
 
 
 def untiled(flat: np.ndarray, count: int, most: int, size: int) -> np.ndarray:

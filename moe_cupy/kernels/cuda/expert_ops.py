@@ -92,25 +92,18 @@ def by_expert(
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Experts of one size class under a cache on the device: see resolve.cu and fill.cu."""
+    """Experts of one size class in slots that the device knows by number."""
 
-    lru: to.Residency
-    slot_at: Any  # uint64 [slots]: where slots begin
-    source_of: Any  # uint64 [keys]: where experts lie in host memory
     tables: Mapping[str, Any]  # uint64 [slots] of "gate", "up", "down": where the matrices begin
     like: Mapping[str, Matrix]  # their types and shapes
-    slab_bytes: int
 
 
 def resident_experts(
-    work: Workspace, x: Any, ids: Any, resident: Resident, first_key: int, *, parts: Any, activation: str = "silu",
+    work: Workspace, x: Any, ids: Any, slots: Any, resident: Resident, *, parts: Any, activation: str = "silu",
     weights: Any = None, scales: Any = None, biases: Any = None,
 ) -> Launches:  # fmt: skip
-    """The experts ids [1, k] of one token into parts [1, k, D], brought into slots where they are not there."""
+    """The experts ids [1, k] of one token, which are in ``slots`` [k], into parts [1, k, D]; zero where that is -1."""
     _, used, width = parts.shape
-    slots, loads = work.scratch("slots", used, dtype=np.int32), work.scratch("loads", 2, used, dtype=np.int32)
-    yield to.resolve(slots, (loads[0], loads[1]), ids, resident.lru, first_key)
-    yield to.fill(resident.slot_at, resident.source_of, (loads[0], loads[1]), resident.lru.state, resident.slab_bytes)
     like, extra = resident.like, extra_of(scales, biases, weights)
     h, tables = work.scratch("inner", 1, used, like["gate"].rows), resident.tables
     inner = gate_up if like["gate"].type == like["up"].type else gate_then_up

@@ -10,9 +10,10 @@ from numba import njit
 
 from moe_cupy.kernels.host import jobs as j
 from moe_cupy.kernels.host.pieces import list_rounding
-from moe_cupy.kernels.host.rounding import KINDS, PLAIN, new_panel
+from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_HALVES, new_panel
 from moe_cupy.kernels.host.simd.compiler import rows_address
 from moe_cupy.kernels.host.simd.isa import chosen
+from moe_cupy.kernels.host.simd.nibbles import BY_HALVES
 from moe_cupy.kernels.host.simd.rows import FLOATS, FORMATS, block_sizes
 from moe_cupy.kernels.matrix import Matrix
 from moe_ref.quants import BY_NAME
@@ -34,6 +35,11 @@ def takes(w: Matrix, act: str) -> bool:
     return w.type in (FORMATS if act == "q8" else FLOATS) and w.cols % 32 == 0
 
 
+def rounding(kind: str) -> int:
+    """What vectors are rounded to that meet a format."""
+    return Q8_K_BY_HALVES if kind in BY_HALVES else KINDS[DOT_TYPES.get(kind, "F32")]
+
+
 @lru_cache(1024)
 def template(kind: str, rows: int, cols: int, act: str) -> np.ndarray:
     """A job int64 [JOB] but for its addresses and vectors. Compiles the kernels at first use."""
@@ -43,7 +49,7 @@ def template(kind: str, rows: int, cols: int, act: str) -> np.ndarray:
         job[j.KERNEL + size] = rows_address(kind, 1 << size)
     job[j.ROW_BYTES], job[j.BLOCKS] = BY_NAME[kind].row_bytes(cols), cols // block
     job[j.ROWS], job[j.COLS] = rows, cols
-    job[j.ROUNDING] = KINDS[DOT_TYPES.get(kind, "F32")] if act == "q8" else PLAIN
+    job[j.ROUNDING] = rounding(kind) if act == "q8" else PLAIN
     job[j.VALUE_BYTES : j.SUM_BYTES + 1] = [size * (cols // block) for size in sizes]
     return job
 

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-PLAIN, HALF, BFLOAT, Q8_0, Q8_K = range(5)  # what vectors are rounded to
+PLAIN, HALF, BFLOAT, Q8_0, Q8_K, Q8_K_BY_HALVES = range(6)  # what vectors are rounded to
 KINDS = {"F32": PLAIN, "F16": HALF, "BF16": BFLOAT, "Q8_0": Q8_0, "Q8_1": Q8_0, "Q8_K": Q8_K}
 
 
@@ -92,8 +92,22 @@ def block_q8_k(x, values, sums):
 
 
 @njit
-def round_q8_k(x, cols, order, most, values, steps, sums):
-    """Blocks of 256."""
+def by_halves(values, sums, out, out_sums):
+    """A block of 256 in the order of ``simd/nibbles.py``, and the sums of its 32s, each before a zero."""
+    for i in range(4):
+        for odd in range(2):
+            g = 2 * i + odd
+            for half in range(2):
+                for j in range(16):
+                    out[128 * odd + 64 * half + 16 * i + j] = values[32 * g + 16 * half + j]
+            out_sums[2 * g], out_sums[2 * g + 1] = sums[2 * g] + sums[2 * g + 1], 0
+
+
+@njit
+def round_q8_k(x, cols, order, most, halves, panel):
+    """Blocks of 256, in their own order or ``by_halves``, into values, steps and sums."""
+    values, steps, sums = panel
+    block, block_sums = np.empty(256, np.int8), np.empty(16, np.int16)
     blocks, t = cols // 256, 0
     while t < order.size:
         columns = width(order.size - t, most)
@@ -102,7 +116,12 @@ def round_q8_k(x, cols, order, most, values, steps, sums):
             for b in range(blocks):
                 at = t * blocks + b * columns + c
                 part = row[256 * b : 256 * (b + 1)]
-                steps[at] = block_q8_k(part, values[256 * at : 256 * (at + 1)], sums[16 * at : 16 * (at + 1)])
+                own, own_sums = values[256 * at : 256 * (at + 1)], sums[16 * at : 16 * (at + 1)]
+                if halves:
+                    steps[at] = block_q8_k(part, block, block_sums)
+                    by_halves(block, block_sums, own, own_sums)
+                else:
+                    steps[at] = block_q8_k(part, own, own_sums)
         t += columns
 
 
@@ -150,9 +169,9 @@ def round_rows(kind, x, cols, order, most, panel, at):
     ``panel`` is codes int8, values float32, steps float32, sums float32 and group sums int16; a kind uses some of them.
     """
     codes, values, steps, sums, groups = panel
-    if kind == Q8_K:
+    if kind in (Q8_K, Q8_K_BY_HALVES):
         b = at * cols // 256
-        round_q8_k(x, cols, order, most, codes[at * cols :], steps[b:], groups[16 * b :])
+        round_q8_k(x, cols, order, most, kind != Q8_K, (codes[at * cols :], steps[b:], groups[16 * b :]))
     elif kind == Q8_0:
         b = at * cols // 32
         round_q8_0(x, cols, order, most, codes[at * cols :], steps[b:], sums[b:])
@@ -163,9 +182,9 @@ def round_rows(kind, x, cols, order, most, panel, at):
 @njit
 def new_panel(kind, tokens, cols):
     """Memory for ``tokens`` vectors rounded to ``kind``."""
-    whole = tokens * cols if kind in (Q8_0, Q8_K) else 0
-    blocks = whole // 256 if kind == Q8_K else whole // 32
+    whole = tokens * cols if kind in (Q8_0, Q8_K, Q8_K_BY_HALVES) else 0
+    blocks = whole // 32 if kind == Q8_0 else whole // 256
     return (
         np.empty(whole, np.int8), np.empty(tokens * cols - whole, np.float32), np.empty(blocks, np.float32),
-        np.empty(blocks if kind == Q8_0 else 0, np.float32), np.empty(16 * blocks if kind == Q8_K else 0, np.int16),
+        np.empty(blocks if kind == Q8_0 else 0, np.float32), np.empty(0 if kind == Q8_0 else 16 * blocks, np.int16),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """The loop over rows: each is read once and multiplied with ``columns`` rounded vectors, block by block.
 
-A block's codes are unpacked once for all columns, and a column's running sum stays in eight lanes of a register until
-the row ends. What a column adds to it, and in what order, does not depend on how many columns there are: a vector gets
-the same bits alone and among others.
+A block's codes are unpacked once for all columns, and a column's running sums stay in lanes of registers until the row
+ends. What a column adds to them, and in what order, does not depend on how many columns there are: a vector gets the
+same bits alone and among others. A single vector meets two rows at a time where that is faster: half of a register of
+AVX-512 for each, so that a block of both costs as many instructions as one.
 
 The vectors come as a *panel*: for each block, what column 0 has there, then column 1, … (``panels.py``)::
 
@@ -15,83 +16,86 @@ Results go to ``columns`` addresses, each plus ``offset`` and four bytes a row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from llvmlite import ir
 
 from moe_cupy.kernels.host.simd.blocks import BLOCKS, FLOATS
-from moe_cupy.kernels.host.simd.code import F32, I8, I32, I64, Code, Value, constant, function, vector
-from moe_cupy.kernels.host.simd.isa import BYTES, LONGS, WORDS, Portable
-from moe_cupy.kernels.host.simd.superblocks import SUPER_BLOCKS
+from moe_cupy.kernels.host.simd.code import F32, I8, I32, I64, Address, Code, Value, constant, function, vector
+from moe_cupy.kernels.host.simd.isa import BYTES, WORDS, Portable
+from moe_cupy.kernels.host.simd.nibbles import BY_HALVES, LANES, add_q4_k
+from moe_cupy.kernels.host.simd.superblocks import SUPER_BLOCKS, SuperBlock
 from moe_ref.quants import BY_NAME
 
-LANES = vector(F32, 8)
-AHEAD = 2048  # bytes of weights that are asked for before they are needed
+EIGHT = vector(F32, 8)
+AHEAD = 4096  # bytes of weights that are asked for before they are needed
 ARGUMENTS = ("w", "row_bytes", "blocks", "values", "steps", "sums", "results", "offset", "rows")
-Add = Callable[[Code, Value, Sequence[Value], Sequence[Value]], None]  # block, parts of the panel, places of the sums
+Sums = Sequence[Sequence[Value]]  # for each column, the places of its running sums
+Add = Callable[[Code, Address, Sequence[Value], Sums], None]  # block, parts of the panel
 FORMATS = (*SUPER_BLOCKS, *BLOCKS, *FLOATS)
 
 
 def _part_scales(code: Code, scales: Value, parts: range) -> Value:
-    """int16 [16] scales of 16 weights -> for each part that of its first 16 weights eight times, then the other."""
-    return code.pick(scales, [2 * part + half for part in parts for half in (0, 1) for _ in range(8)])
+    """Scales as in ``SuperBlock`` -> for each part that of its first 16 weights eight times, then the other."""
+    return code.each(scales, [part + 8 * half for part in parts for half in (0, 1) for _ in range(8)])
 
 
 def super_block(kind: str, isa: Portable) -> Add:
     """Add the products of 256 weights with each column."""
 
-    def add(code: Code, at: Value, panel: Sequence[Value], sums: Sequence[Value]) -> None:
+    def add(code: Code, at: Address, panel: Sequence[Value], sums: Sums) -> None:
         block, (values, steps, group_sums) = SUPER_BLOCKS[kind](code, isa, at), panel
-        ask_ahead(code, at, BY_NAME[kind].block_bytes)
-        wide = 1 if block.signed else isa.wide
-        totals = [constant(vector(I32, 8 * wide), 0) for _ in sums]
+        wide = 1 if block.signed or code.rows > 1 else isa.wide
+        totals = [constant(vector(I32, 8 * wide * code.rows), 0) for _ in sums]
         for part in range(0, 8, wide):
             parts = range(part, part + wide)
             codes, scales = code.join([block.codes(i) for i in parts]), _part_scales(code, block.scales, parts)
             size = isa.sizes(code, codes) if block.signed else codes
             for c in range(len(sums)):
-                x = code.read(codes.type, values, 256 * c + 32 * part)
+                x = code.for_all(code.read(vector(I8, 32 * wide), values, 256 * c + 32 * part))
                 x = isa.signed_by(code, x, codes) if block.signed else x
                 totals[c] = isa.scaled(code, totals[c], isa.pairs(code, size, x), scales)
-        for c, place in enumerate(sums):
-            totals[c] = code.folded(totals[c])
-            step = code.read(F32, steps, 4 * c)
-            floors = block.floors if block.floors is not None else block.scales
-            low = isa.scaled(code, constant(LONGS, 0), code.read(WORDS, group_sums, 32 * c), floors)
-            if block.offset_bits:
-                totals[c] = code.sub(totals[c], code.left(low, block.offset_bits))
-            factor = code.splat(code.fmul(block.d, step), 8)
-            result = code.multiply_add(code.float_of(totals[c]), factor, code.load(place))
-            if block.floors is not None:
-                factor = code.splat(code.fneg(code.fmul(block.floor_step, step)), 8)
-                result = code.multiply_add(code.float_of(low), factor, result)
-            code.store(result, place)
+        for c, (place,) in enumerate(sums):
+            given = code.read(F32, steps, 4 * c), code.read(WORDS, group_sums, 32 * c)
+            _finish(code, isa, block, code.folded(totals[c]), given, place)
 
     return add
 
 
-def ask_ahead(code: Code, at: Value, size: int) -> None:
-    """Ask for the cache lines of a block ``AHEAD`` bytes on; beyond the end of memory nothing happens."""
-    for offset in range(0, size, 64):
-        place = code.inttoptr(code.at(at, AHEAD + offset), ir.PointerType(I8))
-        code.call_llvm("llvm.prefetch.p0", ir.VoidType(), place, *(constant(I32, number) for number in (0, 3, 1)))
+def _finish(
+    code: Code, isa: Portable, block: SuperBlock, total: Value, given: tuple[Value, Value], place: Value
+) -> None:
+    """Add a super-block's total int32 [8], and what its floors make of a column's (step, sums), to the running sum."""
+    step = code.splat(given[0], code.rows)
+    low = isa.scaled(code, None, code.for_all(given[1]), block.floors)
+    if block.offset_bits:
+        total = code.sub(total, code.left(low, block.offset_bits))
+    factor = code.each(code.fmul(block.d, step), [0] * 8)
+    result = code.multiply_add(code.float_of(total), factor, code.load(place))
+    if block.floor_step is not None:
+        factor = code.each(code.fneg(code.fmul(block.floor_step, step)), [0] * 8)
+        result = code.multiply_add(code.float_of(low), factor, result)
+    code.store(result, place)
 
 
 def small_block(kind: str, isa: Portable) -> Add:
     """Add the products of 32 weights with each column."""
 
-    def add(code: Code, at: Value, panel: Sequence[Value], sums: Sequence[Value]) -> None:
+    def add(code: Code, at: Address, panel: Sequence[Value], sums: Sums) -> None:
         block, (values, steps, block_sums) = BLOCKS[kind](code, isa, at), panel
         signed = block.base is None
         size = isa.sizes(code, block.codes) if signed else block.codes
-        for c, place in enumerate(sums):
-            x = code.read(BYTES, values, 32 * c)
+        for c, (place,) in enumerate(sums):
+            x = code.for_all(code.read(BYTES, values, 32 * c))
             x = isa.signed_by(code, x, block.codes) if signed else x
-            factor = code.splat(code.fmul(block.d, code.read(F32, steps, 4 * c)), 8)
+            step = code.splat(code.read(F32, steps, 4 * c), code.rows)
+            factor = code.each(code.fmul(block.d, step), [0] * 8)
             result = code.multiply_add(code.float_of(isa.fours(code, size, x)), factor, code.load(place))
             if not signed:  # into the first lane, as all that is left of the block
-                base = code.fmul(block.base, code.read(F32, block_sums, 4 * c))
-                result = code.fadd(result, code.insert_element(constant(LANES, 0), base, constant(I32, 0)))
+                base = code.fmul(block.base, code.splat(code.read(F32, block_sums, 4 * c), code.rows))
+                result = code.fadd(result, code.each(base, [0, *[1] * 7], constant(base.type, 0)))
             code.store(result, place)
 
     return add
@@ -101,15 +105,23 @@ def float_block(kind: str, isa: Portable) -> Add:
     """Add the products of 32 unquantized weights with each column."""
     size, decode = FLOATS[kind]
 
-    def add(code: Code, at: Value, panel: Sequence[Value], sums: Sequence[Value]) -> None:
+    def add(code: Code, at: Address, panel: Sequence[Value], sums: Sums) -> None:
         weights = [decode(code, isa, code.at(at, 8 * i * size)) for i in range(4)]
-        for c, place in enumerate(sums):
-            x = [code.read(LANES, panel[0], 128 * c + 32 * i) for i in range(4)]
+        for c, (place,) in enumerate(sums):
+            x = [code.for_all(code.read(EIGHT, panel[0], 128 * c + 32 * i)) for i in range(4)]
             first = code.multiply_add(weights[1], x[1], code.fmul(weights[0], x[0]))
             second = code.multiply_add(weights[3], x[3], code.fmul(weights[2], x[2]))
             code.store(code.fadd(code.load(place), code.fadd(first, second)), place)
 
     return add
+
+
+def ask_ahead(code: Code, at: Address, ahead: Value, size: int) -> None:
+    """Ask for the cache lines of a block that comes ``ahead`` bytes later; past the end of memory nothing happens."""
+    for one in at:
+        for offset in range(0, size, 64):
+            place = code.inttoptr(code.at(code.at(one, ahead), offset), ir.PointerType(I8))
+            code.call_llvm("llvm.prefetch.p0", ir.VoidType(), place, *(constant(I32, number) for number in (0, 3, 1)))
 
 
 def block_sizes(kind: str) -> tuple[int, tuple[int, int, int]]:
@@ -119,29 +131,48 @@ def block_sizes(kind: str) -> tuple[int, tuple[int, int, int]]:
     return BY_NAME[kind].block_bytes, (256, 4, 32) if kind in SUPER_BLOCKS else (32, 4, 4)
 
 
+def _adder(kind: str, isa: Portable) -> tuple[Add, tuple[int, ...], int]:
+    """What adds a block of a format, how many lanes its running sums have, and rows that meet one vector at a time."""
+    if kind in BY_HALVES:
+        return partial(add_q4_k, isa), LANES, 1
+    builder = super_block if kind in SUPER_BLOCKS else small_block if kind in BLOCKS else float_block
+    return builder(kind, isa), (8,), isa.rows
+
+
 def row_kernel(kind: str, isa: Portable, columns: int) -> str:
     """LLVM text of ``rows`` (``ARGUMENTS``): result[c][r] = W[r] . x[c] for ``rows`` rows from ``w`` on."""
-    builder = super_block if kind in SUPER_BLOCKS else small_block if kind in BLOCKS else float_block
-    add, (block_bytes, sizes) = builder(kind, isa), block_sizes(kind)
+    add, lanes, at_once = _adder(kind, isa)
+    at_once, (block_bytes, sizes) = at_once if columns == 1 else 1, block_sizes(kind)
+    steps = [block_bytes, *(columns * size for size in sizes)]
 
     def body(code: Code, arguments: Sequence[Value]) -> None:
         w, row_bytes, blocks, *panel, results, offset, rows = arguments
-        row, out = code.variable(w), code.variable(offset)
-        sums = [code.variable(constant(LANES, 0)) for _ in range(columns)]
+        row, out, left = code.variable(w), code.variable(offset), code.variable(rows)
+        sums = [[code.variable(constant(vector(F32, n * at_once), 0)) for n in lanes] for _ in range(columns)]
         moving = [code.variable(w), *(code.variable(part) for part in panel)]
-        with code.loop(rows):
-            for place in sums:
-                code.store(constant(LANES, 0), place)
+        turn = code.mul(row_bytes, code.number(at_once))
+        ahead = code.mul(turn, code.add(code.udiv(code.number(AHEAD), turn), code.number(1)))  # whole turns
+        with code.loop(code.udiv(code.add(rows, code.number(at_once - 1)), code.number(at_once))):
+            for place in itertools.chain(*sums):
+                code.store(constant(place.type.pointee, 0), place)
             for place, start in zip(moving, (code.load(row), *panel), strict=True):
                 code.store(start, place)
+            here = [code.number(0)] * at_once  # from the first row to each; the last may be alone and is done twice
+            if at_once > 1:
+                here[1] = code.select(code.icmp_signed(">", code.load(left), code.number(1)), code.number(1), here[0])
             with code.loop(blocks):
-                at, *here = (code.load(place) for place in moving)
-                add(code, at, here, sums)
-                for place, size in zip(moving, (block_bytes, *(columns * size for size in sizes)), strict=True):
-                    code.advance(place, size)
-            for c, place in enumerate(sums):
-                code.write(code.total(code.load(place)), code.read(I64, results, 8 * c), code.load(out))
-            code.advance(row, row_bytes)
-            code.advance(out, 4)
+                start, *parts = (code.load(place) for place in moving)
+                at = tuple(code.at(start, code.mul(which, row_bytes)) for which in here)
+                ask_ahead(code, at, ahead, block_bytes)
+                add(code, at, parts, sums)
+                for place, step in zip(moving, steps, strict=True):
+                    code.advance(place, step)
+            for c, places in enumerate(sums):
+                y = code.at(code.read(I64, results, 8 * c), code.load(out))
+                for which, total in zip(here, code.totals([code.load(place) for place in places]), strict=True):
+                    code.write(total, y, code.mul(which, code.number(4)))
+            code.advance(row, turn)
+            code.advance(out, 4 * at_once)
+            code.advance(left, -at_once)
 
-    return function("rows", len(ARGUMENTS), body)
+    return function("rows", len(ARGUMENTS), body, at_once)

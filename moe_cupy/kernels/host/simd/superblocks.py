@@ -13,76 +13,107 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moe_cupy.kernels.host.simd.code import I8, I16, I32, I64, Code, Value, constant, vector
+from moe_cupy.kernels.host.simd.code import I8, I16, I32, I64, Address, Code, Value, constant, like, vector
 from moe_cupy.kernels.host.simd.isa import BYTES, Portable
 from moe_ref.quants.iq4 import VALUES
 
 IQ4_VALUES = tuple(int(v) for v in VALUES)
-LOW_6_BITS, LOW_4_BITS, LOW_2_BITS = 0x3F3F3F3F, 0x0F0F0F0F, 0x03030303  # of each of four bytes
+LOW_6_BITS, LOW_4_BITS, LOW_2_BITS = 0x3F3F3F3F3F3F3F3F, 0x0F0F0F0F, 0x03030303  # of each of four bytes
 
 
 @dataclass(frozen=True, slots=True)
 class SuperBlock:
-    """256 weights. ``scales`` and ``floors`` are int16 [16], one for each 16 weights."""
+    """256 weights of each row.
 
-    d: Value  # float32
+    ``scales`` are int16 [16], those of the first 16 weights of each part of 32, then of the others; ``floors``, or the
+    scales that an offset is multiplied with, come in the order of the weights.
+    """
+
+    d: Value  # float32 [1]
     codes: Callable[[int], Value]  # part 0..7 -> 32 bytes, unsigned unless ``signed``
     scales: Value
-    floors: Value = None
-    floor_step: Value = None  # float32
+    floors: Value
+    floor_step: Value = None  # float32 [1]; None: ``floors`` are scales
     offset_bits: int = 0  # the offset is 2 to this, if there are no floors; 0: none
     signed: bool = False
 
 
-Decoder = Callable[[Code, Portable, Value], SuperBlock]  # ..., address of the block
+Decoder = Callable[[Code, Portable, Address], SuperBlock]  # ..., address of the block
+
+
+def halves(code: Code, isa: Portable, at: Address, offset: int, count: int) -> list[Value]:
+    """``count`` half-precision numbers that stand side by side, each as float32 [1]."""
+    if count == 1:
+        return [isa.half(code, code.read(I16, at, offset))]
+    words = code.read(I32, at, offset)
+    both = isa.half(code, code.bitcast(words, vector(I16, 2 * words.type.count)))
+    return [code.each(both, [i]) for i in range(2)]
 
 
 def _bytes(code: Code, words: Sequence[Value]) -> Value:
-    """Four or two int32 -> a vector of their bytes."""
-    whole = constant(vector(I32, len(words)), 0)
-    for i, word in enumerate(words):
-        whole = code.insert_element(whole, word, constant(I32, i))
-    return code.bitcast(whole, vector(I8, 4 * len(words)))
+    """Four int32 [1] -> their bytes [16]."""
+    single = [code.extract_element(word, constant(I32, r)) for r in range(code.rows) for word in words]
+    return code.bitcast(code.side_by_side(single), vector(I8, 4 * len(single)))
 
 
-def _doubled(code: Code, v: Value, first: int = 0) -> Value:
-    """Eight values from ``first`` on -> [16], each twice: scales of 32 weights as scales of 16."""
-    return code.pick(v, [first + i // 2 for i in range(16)])
+def _doubled(code: Code, v: Value) -> Value:
+    """[8] -> [16], each twice: what belongs to 32 weights, for each 16."""
+    return code.each(v, [i // 2 for i in range(16)])
 
 
-def _scales_and_floors(code: Code, at: Value) -> tuple[Value, Value]:
-    """The 12 bytes of Q4_K and Q5_K: 8 scales and 8 floors of 6 bits (``moe_ref.quants.k.unpack_scales``).
+def _twice(code: Code, v: Value) -> Value:
+    """[8] -> [16], all twice: scales of parts, for the first and the last 16 weights."""
+    return code.each(v, [*range(8)] * 2)
 
-    As four 32-bit words, the last of which is not ours::
 
-        v       HHssssss of scales 0..3 | HHmmmmmm of floors 0..3 | mmmmssss of both 4..7 | …
-        low     ssssss 0..3             | mmmmmm 0..3
-        high    HHssss 4..7             | HHmmmm 4..7               from the third word, shifted by 0 and 4
+def _first_then_second(code: Code, v: Value) -> Value:
+    """[16] -> [16]: those of even, then of odd place."""
+    return code.each(v, [*range(0, 16, 2), *range(1, 16, 2)])
+
+
+def packed_scales(code: Code, at: Address) -> tuple[Value, Value]:
+    """The 12 bytes of Q4_K and Q5_K: 8 scales and 8 floors of 6 bits, as bytes (``moe_ref.quants.k.unpack_scales``).
+
+    Whole numbers are free to compute beside vectors. Of the first 8 bytes and the last 4::
+
+        first   HHmmmmmm of floors 0..3 | HHssssss of scales 0..3         (the last byte is the highest)
+        last                              mmmmssss of both 4..7
+        high    HHmmmm of floors 4..7   | HHssss of scales 4..7           once nibbles and top bits have met
     """
-    v = code.read(vector(I32, 4), at)
-    low, top = code.mask(v, LOW_6_BITS), code.mask(code.right(v, 2), 0x30303030)
-    nibbles = code.mask(code.lshr(code.pick(v, [2] * 4), constant(vector(I32, 4), [0, 4, 0, 0])), LOW_4_BITS)
-    all_words = code.pick(low, [0, 4, 1, 5], code.or_(nibbles, top))  # scales 0..3, 4..7, floors 0..3, 4..7
-    wide = code.zext(code.bitcast(all_words, vector(I8, 16)), vector(I16, 16))
-    return _doubled(code, wide), _doubled(code, wide, 8)
+    pairs = []
+    for one in at:
+        first, last = code.read(I64, one), code.zext(code.read(I32, one, 8), I64)
+        nibbles = code.mask(code.or_(last, code.left(last, 28)), 0x0F0F0F0F0F0F0F0F)
+        low, high = code.mask(first, LOW_6_BITS), code.or_(code.mask(code.right(first, 2), 0x3030303030303030), nibbles)
+        scales = code.or_(code.mask(low, 0xFFFFFFFF), code.left(high, 32))
+        pairs.append((scales, code.or_(code.right(low, 32), code.mask(high, 0xFFFFFFFF00000000))))
+    several = [code.side_by_side([pair[which] for pair in pairs]) for which in (0, 1)]
+    scales, floors = (code.bitcast(v, vector(I8, 8 * code.rows)) for v in several)
+    return scales, floors
 
 
-def _nibbles(code: Code, at: Value, part: int) -> Value:
+def _scales_and_floors(code: Code, isa: Portable, at: Address) -> tuple[Value, Value]:
+    """Those of Q5_K as in ``SuperBlock``."""
+    scales, floors = (code.zext(v, like(v, I16)) for v in packed_scales(code, at))
+    return isa.settled(code, _twice(code, scales)), _doubled(code, floors)
+
+
+def _nibbles(code: Code, at: Address, part: int) -> Value:
     """Q4_K, Q5_K: 32 bytes hold two parts, the even one in the low bits."""
     return code.mask(code.right(code.read(BYTES, at, 32 * (part // 2)), 4 * (part % 2)), 15)
 
 
-def q4_k(code: Code, isa: Portable, at: Value) -> SuperBlock:
+def q4_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
     """byte 0 d, 2 floor step, 4 scales and floors, 16 nibbles."""
-    d, step = (isa.half(code, code.read(I16, at, offset)) for offset in (0, 2))
-    scales, floors = _scales_and_floors(code, code.at(at, 4))
+    d, step = halves(code, isa, at, 0, 2)
+    scales, floors = _scales_and_floors(code, isa, code.at(at, 4))
     return SuperBlock(d, lambda part: _nibbles(code, code.at(at, 16), part), scales, floors, step)
 
 
-def q5_k(code: Code, isa: Portable, at: Value) -> SuperBlock:
+def q5_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
     """Q4_K with a fifth bit: bit ``part`` of 32 bytes from byte 16 on; nibbles from byte 48."""
-    d, step = (isa.half(code, code.read(I16, at, offset)) for offset in (0, 2))
-    scales, floors = _scales_and_floors(code, code.at(at, 4))
+    d, step = halves(code, isa, at, 0, 2)
+    scales, floors = _scales_and_floors(code, isa, code.at(at, 4))
 
     def codes(part: int) -> Value:
         high = code.read(BYTES, at, 16)
@@ -92,7 +123,7 @@ def q5_k(code: Code, isa: Portable, at: Value) -> SuperBlock:
     return SuperBlock(d, codes, scales, floors, step)
 
 
-def q6_k(code: Code, isa: Portable, at: Value) -> SuperBlock:
+def q6_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
     """byte 0 nibbles, 128 pairs of high bits, 192 signed scales, 208 d; a half has 64 bytes and 32 bytes of them."""
 
     def codes(part: int) -> Value:
@@ -101,16 +132,17 @@ def q6_k(code: Code, isa: Portable, at: Value) -> SuperBlock:
         high = code.right(code.read(BYTES, at, 128 + 32 * half), 2 * quarter)
         return code.or_(code.mask(low, 15), code.left(code.mask(high, 3), 4))
 
-    scales = code.sext(code.read(vector(I8, 16), at, 192), vector(I16, 16))
-    return SuperBlock(isa.half(code, code.read(I16, at, 208)), codes, scales, offset_bits=5)
+    (d,), given = halves(code, isa, at, 208, 1), code.read(vector(I8, 16), at, 192)
+    scales = code.sext(_first_then_second(code, given), like(given, I16))
+    return SuperBlock(d, codes, scales, code.sext(given, like(given, I16)), offset_bits=5)
 
 
-def _pairs_of_bits(code: Code, at: Value, part: int) -> Value:
+def _pairs_of_bits(code: Code, at: Address, part: int) -> Value:
     """Q2_K, Q3_K: 32 bytes hold four parts."""
     return code.mask(code.right(code.read(BYTES, at, 32 * (part // 4)), 2 * (part % 4)), 3)
 
 
-def q3_k(code: Code, isa: Portable, at: Value) -> SuperBlock:
+def q3_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
     """byte 0 third bits, 32 pairs of low bits, 96 scales of 6 bits less 32, 108 d."""
 
     def codes(part: int) -> Value:
@@ -121,36 +153,45 @@ def q3_k(code: Code, isa: Portable, at: Value) -> SuperBlock:
     lows = [code.mask(code.right(word, 4 * high), LOW_4_BITS) for high in (0, 1) for word in (first, second)]
     highs = [code.left(code.mask(code.right(top, 2 * i), LOW_2_BITS), 4) for i in range(4)]
     packed = _bytes(code, [code.or_(low, high) for low, high in zip(lows, highs, strict=True)])
-    scales = code.sub(code.zext(packed, vector(I16, 16)), constant(vector(I16, 16), 32))
-    return SuperBlock(isa.half(code, code.read(I16, at, 108)), codes, scales, offset_bits=2)
+    scales = code.sub(code.zext(packed, like(packed, I16)), constant(like(packed, I16), 32))
+    (d,) = halves(code, isa, at, 108, 1)
+    return SuperBlock(d, codes, _first_then_second(code, scales), scales, offset_bits=2)
 
 
-def q2_k(code: Code, isa: Portable, at: Value) -> SuperBlock:
+def q2_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
     """byte 0 nibbles of scale (low) and floor (high), 16 pairs of bits, 80 d, 82 floor step."""
     both = code.read(vector(I8, 16), at)
-    scales, floors = (code.zext(code.mask(code.right(both, by), 15), vector(I16, 16)) for by in (0, 4))
-    d, step = (isa.half(code, code.read(I16, at, offset)) for offset in (80, 82))
-    return SuperBlock(d, lambda part: _pairs_of_bits(code, code.at(at, 16), part), scales, floors, step)
+    scales, floors = (code.zext(code.mask(code.right(both, by), 15), like(both, I16)) for by in (0, 4))
+    d, step = halves(code, isa, at, 80, 2)
+    first = _first_then_second(code, scales)
+    return SuperBlock(d, lambda part: _pairs_of_bits(code, code.at(at, 16), part), first, floors, step)
 
 
-def table_codes(code: Code, isa: Portable, table: tuple[int, ...], at: Value) -> Value:
+def table_codes(code: Code, isa: Portable, table: tuple[int, ...], at: Address) -> Value:
     """32 signed bytes: entries of a table at the low, then at the high nibbles of 16 bytes."""
     packed = code.read(vector(I8, 16), at)
-    return isa.look_up(code, table, code.pick(code.mask(packed, 15), range(32), code.right(packed, 4)))
+    return isa.look_up(code, table, code.each(code.mask(packed, 15), range(32), code.right(packed, 4)))
 
 
-def iq4_xs(code: Code, isa: Portable, at: Value) -> SuperBlock:
+def _iq4_xs_scales(code: Code, low: Value, high: Value) -> list[Value]:
+    """Eight scales int16, plus 32, of one row: four low bits each of 32 and two high bits each of 16, both int64."""
+    bits = [
+        code.or_(code.mask(code.right(low, 4 * i), 15), code.left(code.mask(code.right(high, 2 * i), 3), 4))
+        for i in range(8)
+    ]
+    return [code.trunc(scale, I16) for scale in bits]
+
+
+def iq4_xs(code: Code, isa: Portable, at: Address) -> SuperBlock:
     """byte 0 d, 2 top two bits and 4 low four bits of 8 scales less 32, 8 indices into a table of signed values."""
-    low, high = code.zext(code.read(I32, at, 4), I64), code.zext(code.read(I16, at, 2), I64)
-    scales = constant(vector(I16, 8), 0)
-    for i in range(8):
-        scale = code.or_(code.mask(code.right(low, 4 * i), 15), code.left(code.mask(code.right(high, 2 * i), 3), 4))
-        scales = code.insert_element(scales, code.trunc(scale, I16), constant(I32, i))
-    scales = _doubled(code, code.sub(scales, constant(vector(I16, 8), 32)))
-    d = isa.half(code, code.read(I16, at))
+    given = [(code.read(I32, one, 4), code.read(I16, one, 2)) for one in at]
+    wide = [_iq4_xs_scales(code, code.zext(low, I64), code.zext(high, I64)) for low, high in given]
+    scales = code.side_by_side([scale for row in wide for scale in row])
+    scales, (d,) = code.sub(scales, constant(scales.type, 32)), halves(code, isa, at, 0, 1)
     return SuperBlock(
-        d, lambda part: table_codes(code, isa, IQ4_VALUES, code.at(at, 8 + 16 * part)), scales, signed=True
-    )
+        d, lambda part: table_codes(code, isa, IQ4_VALUES, code.at(at, 8 + 16 * part)), _twice(code, scales),
+        _doubled(code, scales), signed=True,
+    )  # fmt: skip
 
 
 SUPER_BLOCKS: dict[str, Decoder] = {
