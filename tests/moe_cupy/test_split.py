@@ -239,6 +239,11 @@ def test_what_is_resident_on_either_side_does_not_change_a_bit(tiny):
     with Engine(tiny, cache="100%", host_cache="100%", **options) as engine:
         full, steps = engine.logits(TOKENS), stepped(engine, TOKENS)
         assert engine.placement.slots == engine.placement.cpu.slots == 2 * 8
+        engine.reset_stats()
+        assert engine.stats.cpu_experts == engine.stats.misses == 0
+        engine.empty_cache()
+        stepped(engine, TOKENS[:1])
+        assert engine.stats.cpu_misses == engine.stats.misses == 2 * 2, "of each side's two layers"
     with pytest.raises(BudgetError):
         Engine(tiny, host_cache="slots:2", **options)
     with Engine(tiny, cache="slots:2", host_cache="slots:4", **options) as engine:
