@@ -43,7 +43,7 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
     add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
     add("--host-cache", default="auto", help="experts in page-locked RAM before a GPU: 2GiB, 25%%, slots:N or auto")
-    add("--decode", choices=["host", "device"], default="host", help="who decides what is loaded: host, device (LRU)")
+    add("--decode", choices=["host", "device"], default="host", help="who decides what is loaded (default host)")
     add("--policy", choices=list(POLICIES), default="echo", help="whom to evict (default echo)")
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")

@@ -59,7 +59,7 @@ def gpu_terms(model: Model, machine: Machine, placement: Placement, settings: Se
         Term(
             "kernels",
             kernels * e["kernel_us"] * 1e-6,
-            f"{kernels} kernels of {layers} layers x {e['kernel_us']} us",
+            f"{kernels} kernels x {e['kernel_us']} us (in {layers} layers)",
         ),
     ]
 
@@ -96,15 +96,17 @@ def cpu_terms(model: Model, machine: Machine, placement: Placement, settings: Se
 def disk_term(model: Model, machine: Machine, there: Sequence[Tensor], hit: Callable[[float], float]) -> Term | None:
     """What a memory-mapped file reads from disk for one token, where host memory is too small; None where it is not."""
     routed = sum(t.nbytes for t in there if t.part == "routed")
-    rest = sum(t.nbytes for t in there) - routed
+    others = [t for t in there if t.part != "routed"]
+    rest = sum(t.nbytes for t in others)
     room = machine.ram_bytes - SYSTEM_RAM - rest
     if room >= routed:
         return None
     share = max(0.0, room / routed) if routed else 0.0
     missed = 1 - hit(share)
-    read = missed * routed * model.used_share + max(0, -room)
+    away = min(1.0, max(0, -room) / rest) if rest else 0.0  # of what every token needs
+    read = missed * routed * model.used_share + away * sum(map(model.read_per_token, others))
     rate = machine.disk_read * table("engines")["disk"]["page_cache_efficiency"]
-    name = f"from disk: host memory holds {share:.0%} of these experts, {missed:.0%} of a token's are missing"
+    name = f"from disk (host memory holds {share:.0%} of these experts, {missed:.0%} of a token's are missing)"
     return bytes_over(name, read, rate)
 
 

@@ -234,6 +234,9 @@ def _finished(model: Model, machine: Machine, request: Request, curve: Curve, ch
                         "states; such a context needs rope scaling or a later version of the model")  # fmt: skip
     if over:
         warnings.append(f"host memory is short by {size_text(over)}: that much is read from disk again and again")
+        if not machine.disk_is_known:
+            warnings.append(f"{machine.name} names no disk: one of {machine.disk_read / 1e9:g} GB/s is assumed; give "
+                            "disk or disk_read in the profile")  # fmt: skip
     batch = chosen.prompt_placement or chosen.placement
     missing = max(0, use_of(model, batch, chosen.settings, CPU).total - room)
     depth = min(request.depth, chosen.settings.ctx)

@@ -94,11 +94,7 @@ def facts(folder: str) -> Iterator[tuple[str, str]]:
 
 def has_gpu() -> bool:
     """Whether CuPy is here and finds a GPU."""
-    try:
-        import cupy
-    except ImportError:
-        return False
-    return bool(cupy.cuda.is_available())
+    return not missing_for_cuda()
 
 
 def facts_of_gpu() -> Iterator[tuple[str, str]]:

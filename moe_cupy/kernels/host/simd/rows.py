@@ -30,7 +30,7 @@ from moe_cupy.kernels.host.simd.superblocks import SUPER_BLOCKS, SuperBlock
 from moe_ref.quants import BY_NAME
 
 SIXTEEN = vector(F32, 16)
-AHEAD = 2048  # bytes of weights that are asked for before they are needed
+AHEAD = 4096  # bytes of weights that are asked for before they are needed
 AT_ONCE = 4  # blocks of 32 that a loop takes with a single vector: what it does beside them is then done once for four
 ARGUMENTS = ("w", "row_bytes", "blocks", "values", "steps", "sums", "results", "offset", "rows")
 Sums = Sequence[Sequence[Value]]  # for each column, the places of its running sums
