@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moe_cupy.plan.explain import term_lines
 from moe_cupy.plan.hardware import machine_from
 from moe_cupy.plan.memory import MIB
 from moe_cupy.plan.planner import Plan, Request, cached_plan, static_plan
-from moe_cupy.plan.report import term_lines
 from moe_cupy.plan.rules import n_cpu_moe, parse_overrides
 from moe_cupy.plan.shapes import preset
 from moe_cupy.plan.tables import read_toml
@@ -56,7 +56,13 @@ def report(what: str, kind: str, speed: Callable[[Plan], float], with_terms: boo
         print(f"| {row['name']} | {row['measured']:g} | {speed(plan):.3g} | {errors[-1]:+.0%} "
               f"| {row.get('assumed', '')} | {row['source']} |")  # fmt: skip
         if with_terms:
-            print("\n".join(term_lines(plan.terms if kind == "decode" else plan.prompt_terms)))
+            print(
+                "\n".join(
+                    term_lines(plan.terms, 1)
+                    if kind == "decode"
+                    else term_lines(plan.prompt_terms, plan.settings.ubatch)
+                )
+            )
     median = statistics.median(map(abs, errors))
     within = sum(abs(error) <= 0.25 for error in errors)
     print(f"\n{what}, {kind}: {len(errors)} rows, median |error| {median:.0%}, {within} within 25 %\n")

@@ -8,6 +8,7 @@ prefetches, and a prefetch that is wanted before it has begun becomes a demand l
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from moe_cupy.cache import ExpertCache, Load, Scores
@@ -39,6 +40,11 @@ class ExpertMover:
         self._loading: dict[int, Any] = {}  # key -> its load, until seen done
         self._touched: dict[int, Any] = {}  # slot -> the last load into it or kernel that reads it
         self._matrices: dict[int, dict[str, Matrix]] = {}  # slot -> what lies in it
+
+    @property
+    def slots(self) -> Sequence[Any]:
+        """The memory of each slot, uint8 [slot_bytes]."""
+        return self._slots
 
     def _allocate(self, device: Device) -> int:
         total = 0
@@ -112,6 +118,18 @@ class ExpertMover:
         self._loading.clear()
         self._touched.clear()
         self.transport.recover()
+
+    def settle(self) -> None:
+        """Wait until all loads have ended. What failed was fetched ahead and is forgotten: nobody has missed it yet."""
+        for event in self._loading.values():
+            with suppress(OSError):
+                event.synchronize()
+        self.recover()
+
+    def adopt(self) -> None:
+        """With the device idle: in the slots is what the cache says, whoever brought it."""
+        for pool in self.cache.pools:
+            self._matrices |= {slot: self._describe(key, self._slots[slot]) for key, slot in pool.slot_of.items()}
 
     def empty(self) -> None:
         """With the queue idle: no expert is resident, and the policy has seen nothing."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from moe_cupy.plan.choose import make_plan
-from moe_cupy.plan.hardware import GB, GIB, Machine, pcie_bytes_s
+from moe_cupy.plan.hardware import GB, GIB, Machine, gpu_called, pcie_bytes_s
 from moe_cupy.plan.hits import Curve
 from moe_cupy.plan.planner import Plan, Request
 from moe_cupy.plan.shapes import Model, preset
@@ -15,6 +15,7 @@ from moe_cupy.plan.tables import PlanError, table
 LOWER_QUANT = {"Q8_0": "Q6_K", "Q6_K": "Q5_K_M", "Q5_K_M": "Q4_K_M", "Q4_K_M": "IQ4_XS", "IQ4_XS": "IQ3_S",
                "IQ3_S": "IQ2_M", "Q4_0": "IQ3_S", "Q4_K_S": "IQ3_S", "BF16": "Q8_0", "F16": "Q8_0"}  # fmt: skip
 WORTH = 1.02  # a change below 2 % is none
+FIRST_CARD = "RTX 5060 Ti 16G"  # for a machine that has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ def hardware_changes(plan: Plan) -> Iterator[Change]:
                lambda: (model, replace(machine, ram_bytes=machine.ram_bytes + more), request))  # fmt: skip
     gpu = machine.gpu
     if gpu is None:
+        card = gpu_called(FIRST_CARD)
+        yield f"a card, such as an {FIRST_CARD}", lambda: (model, replace(machine, gpu=card, measured={}), request)
         return
     best = gpu.pcie.partition("x")[0] + "x16"
     if pcie_bytes_s(gpu.pcie) < pcie_bytes_s(best) and not gpu.link_measured:

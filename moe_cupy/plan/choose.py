@@ -6,12 +6,13 @@ More or faster hardware leaves every placement possible and none slower, so the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from moe_cupy.plan import fit as fitting
 from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.hits import Curve
-from moe_cupy.plan.memory import Settings, use_of
+from moe_cupy.plan.memory import PAD, Settings, use_of
 from moe_cupy.plan.planner import (
     Plan,
     Request,
@@ -25,9 +26,10 @@ from moe_cupy.plan.planner import (
 from moe_cupy.plan.refuse import check_fits_at_all
 from moe_cupy.plan.rules import GPU, cpu_moe, n_cpu_moe, place
 from moe_cupy.plan.shapes import Model
-from moe_cupy.plan.tables import PlanError, table
+from moe_cupy.plan.tables import DoesNotFit, PlanError, table
 
 WORTH_SAYING = 1.01  # how much faster a smaller context must be to be mentioned
+BATCHES = (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32)
 
 
 def make_plan(model: Model, machine: Machine, request: Request, curve: Curve | None = None) -> Plan:
@@ -36,6 +38,17 @@ def make_plan(model: Model, machine: Machine, request: Request, curve: Curve | N
     Raises PlanError with the nearest that works for what fits nowhere.
     """
     check_fits_at_all(model, machine)
+    try:
+        return chosen(model, machine, request, curve)
+    except DoesNotFit as error:
+        near = None if request.is_manual else nearest(model, machine, request, curve)
+        said = str(error)
+        what = said.partition("; nearest that works: ")[0]
+        raise DoesNotFit(f"{what}; nearest that works: {near}" if near else said) from None
+
+
+def chosen(model: Model, machine: Machine, request: Request, curve: Curve | None) -> Plan:
+    """As ``make_plan``, but what does not fit is told without looking for the nearest that does."""
     if machine.gpu is None:
         return (host_plan if machine.measured else no_gpu_plan)(model, machine, request, curve)
     if request.is_manual or not request.fit:
@@ -52,6 +65,28 @@ def make_plan(model: Model, machine: Machine, request: Request, curve: Curve | N
     return with_what_context_costs(min(plans, key=lambda plan: plan.turn_s))
 
 
+def nearest(model: Model, machine: Machine, request: Request, curve: Curve | None) -> str | None:
+    """The smallest change that was found to work: a shorter context, smaller batches, the CPU alone."""
+
+    def works(changed: Request, where: Machine = machine) -> bool:
+        try:
+            return bool(chosen(model, where, changed, curve))
+        except PlanError:
+            return False
+
+    asked = min(request.ctx or model.context_length, model.context_length)
+    if request.ctx is not None:
+        blocks = fitting.most(1, max(1, asked // PAD), lambda n: works(replace(request, ctx=n * PAD)))
+        if blocks:
+            return f"-c {blocks * PAD}"
+    batches = (n for n in BATCHES if n < request.ubatch and works(replace(request, ubatch=n)))
+    if ubatch := next(batches, None):
+        return f"-ub {ubatch}"
+    if machine.gpu and works(request, replace(machine, gpu=None)):
+        return "--vram 0, the CPU alone, or a smaller --fit-target if the card is not full"
+    return None
+
+
 def best_static(model: Model, machine: Machine, request: Request, curve: Curve | None = None) -> Plan:
     """The quickest placement in which tensors stay where they are: ``--fit``'s, or one that uses less of the card."""
     fullest = static_plan(model, machine, request, curve)
@@ -60,8 +95,12 @@ def best_static(model: Model, machine: Machine, request: Request, curve: Curve |
 
     def quickest(found: Plan, candidates: Iterator[fitting.Fitted]) -> Plan:
         budget = vram_budget(machine, request)
-        fit = (less for less in candidates if use_of(model, less.placement, less.settings, GPU).total <= budget)
-        return min([found, *(placed(model, machine, request, curve, less) for less in fit)], key=lambda p: p.turn_s)
+        plans = [found]
+        for less in candidates:
+            if less.use.total <= budget:
+                with suppress(DoesNotFit):  # the context may find no room in host memory
+                    plans.append(placed(model, machine, request, curve, less))
+        return min(plans, key=lambda plan: plan.turn_s)
 
     best = quickest(fullest, emptier(model, machine, fullest))
     if best is fullest or fullest.ngl <= 1 or best.ngl > model.layers:

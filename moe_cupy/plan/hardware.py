@@ -49,6 +49,7 @@ class Machine:
     disk_read: float
     disk_latency: float = 80e-6
     sockets: int = 1
+    disk_is_known: bool = True
     measured: Mapping[str, Any] = field(default_factory=dict)  # of a profile that doctor wrote
 
     @property
@@ -155,7 +156,8 @@ def machine_from(row: Mapping[str, Any], name: str, where: str) -> Machine:
     return Machine(
         name=name, gpu=_gpu(row), ram_bytes=int(row["ram_gb"] * GB), ram_bandwidth=_ram(row, where),
         ram_kind=f"{row['ram']} x {row.get('channels', 2)}" if "ram" in row else "measured", cores=row["cores"],
-        disk_read=read, disk_latency=latency, sockets=row.get("sockets", 1), measured=row.get("measured", {}),
+        disk_read=read, disk_latency=latency, sockets=row.get("sockets", 1),
+        disk_is_known="disk" in row or "disk_read" in row, measured=row.get("measured", {}),
     )  # fmt: skip
 
 

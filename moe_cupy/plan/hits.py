@@ -32,7 +32,7 @@ class Curve:
     def formula(self, share: float) -> str:
         if self.points:
             return f"replay at {share:.1%} of all experts: {self.source}"
-        return f"1 - (1 - {share:.3f}^{self.a})^{self.b}: {self.source}"
+        return f"1 - (1 - {share:.4g}^{self.a})^{self.b}: {self.source}"
 
 
 def curve_of(model: Model) -> Curve:

@@ -85,8 +85,12 @@ def use_of(model: Model, placement: Placement, settings: Settings, device: str) 
                if at == device)  # fmt: skip
     if device == CPU:
         return Use(weights, past, 0, 0)
-    away = placement.on(CPU, (t for t in model.tensors if t.part == "routed"))
     weights += placement.tied_copy * model.tied_bytes
-    streamed = max((t.nbytes for t in away), default=0)
     fixed = table("engines")["gpu"]["context_mib"] * MIB
-    return Use(weights, past, compute_bytes(model, settings, streamed), fixed)
+    return Use(weights, past, compute_bytes(model, settings, streamed_bytes(model, placement)), fixed)
+
+
+def streamed_bytes(model: Model, placement: Placement) -> int:
+    """The largest expert tensor in host memory: a prompt needs a copy of it on the card."""
+    away = placement.on(CPU, (t for t in model.tensors if t.part == "routed"))
+    return max((t.nbytes for t in away), default=0)

@@ -48,7 +48,9 @@ def model_named(text: str) -> tuple[str, str | None]:
         return names[found], tag or quant
     near = difflib.get_close_matches(name, names, 3, 0.3)
     hint = f"nearest: {', '.join(near)}; " if near else ""
-    raise PlanError(f"{text}: neither a file nor a preset; {hint}presets: {', '.join(sorted(table('models')))}")
+    no_file = text.endswith(".gguf")
+    what = "there is no such file, and its name is no preset's" if no_file else "neither a file nor a preset"
+    raise PlanError(f"{text}: {what}; {hint}presets: {', '.join(sorted(table('models')))}")
 
 
 def longest_within(name: str) -> tuple[str | None, str]:

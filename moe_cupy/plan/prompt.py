@@ -59,7 +59,7 @@ def gpu_products(
     kernels, layers = kernel_count(model, placement)
     if layers:
         terms.append(Term("kernels of a batch", kernels * e["kernel_us"] * 1e-6,
-                          f"{kernels} kernels of {layers} layers x {e['kernel_us']} us"))  # fmt: skip
+                          f"{kernels} kernels x {e['kernel_us']} us (in {layers} layers)"))  # fmt: skip
     return terms
 
 
@@ -108,7 +108,7 @@ def copies(model: Model, machine: Machine, away: Sequence[Tensor], n: int, pagea
         terms.append(bytes_over(f"dense host weights to the GPU, once a batch of {n}{note}", dense, link))
     if routed:
         used, layers = used_experts(model, n), len({t.layer for t in routed})
-        name = f"host experts to the GPU, once a batch of {n}: {share_text(used)} of {layers} layers{note}"
+        name = f"host experts to the GPU, once a batch of {n}, {share_text(used)} of {layers} layers{note}"
         terms.append(bytes_over(name, used * sum(t.nbytes for t in routed), link))
     return terms
 

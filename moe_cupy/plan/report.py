@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_cupy.plan.advice import Advice
-from moe_cupy.plan.cost import Term, offload_threshold, share_text, size_text, total
+from moe_cupy.plan.cost import Term, offload_threshold, share_text, size_text
 from moe_cupy.plan.emit import ENGINES, command, that_fits, without_cache
+from moe_cupy.plan.explain import memory_formulas, term_lines, threshold_lines
 from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.planner import READ, WRITTEN, Plan
 from moe_cupy.plan.rules import CPU
@@ -84,38 +85,8 @@ def machine_line(machine: Machine) -> str:
 def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engines: Iterable[str] = ENGINES[:2],
          windows: bool = False) -> str:  # fmt: skip
     """The plan as lines."""
-    m, s = plan.model, plan.settings
-    lines = [
-        f"{m.name} {m.quant}: {count_text(m.parameters)} parameters, {size_text(m.nbytes)}, {m.layers} layers"
-        + (
-            f", {m.expert_count} experts of {size_text(m.expert_bytes)}, {m.expert_used_count} used"
-            if m.experts
-            else ""
-        ),
-        f"types: {mix_text(m)}",
-        machine_line(plan.machine),
-        "",
-        *plan.steps,
-        *memory_lines(plan),
-        "",
-        f"decode   {plan.decode_tok_s:8.1f} tok/s  predicted at {min(plan.request.depth, s.ctx)} tokens of context",
-        *(term_lines(plan.terms) if explain else ()),
-        f"prompt   {plan.prefill_tok_s:8.1f} tok/s  predicted in batches of {s.ubatch}",
-        *(term_lines(plan.prompt_terms) if explain else ()),
-        f"turn     {plan.turn_s:8.1f} s      {READ} tokens read and {WRITTEN} written: what placements are compared by",
-    ]
-    if plan.cache_slots:
-        share = plan.cache_slots / m.experts
-        held = f"of a cache of {plan.cache_slots} experts ({share_text(share)})"
-        why = plan.curve.formula(share) if explain else held
-        lines.append(f"hit rate {plan.hit_rate:8.1%}         {why}")
-    if m.experts and explain:
-        lines += threshold_lines(plan)
-    if plan.too_full:
-        lines += ["", f"does not fit: {plan.too_full}", "the speeds above are those of a card that had the room"]
-    else:
-        lines += ["", "what would help most:" if advice else "nothing that was tried helps by 2 %"]
-    lines += [f"  {a.gain:5.2f}x  {a.decode_tok_s:6.1f} tok/s  {a.change}" for a in advice]
+    lines = [*what_lines(plan), "", *plan.steps, *memory_lines(plan), *(memory_formulas(plan) if explain else ()), ""]
+    lines += [*speed_lines(plan, explain), "", *advice_lines(plan, advice)]
     if plan.cache_slots and plan.machine.gpu:
         still = without_cache(plan)
         lines += ["", f"without a cache, as the commands below: {still.decode_tok_s:.1f} tok/s predicted, prompts "
@@ -129,6 +100,41 @@ def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engin
     return "\n".join(lines)
 
 
+def what_lines(plan: Plan) -> list[str]:
+    """The model, its types, the machine."""
+    m = plan.model
+    experts = f", {m.expert_count} experts of {size_text(m.expert_bytes)}, {m.expert_used_count} used"
+    size = f"{count_text(m.parameters)} parameters, {size_text(m.nbytes)}, {m.layers} layers"
+    return [f"{m.name} {m.quant}: {size}{experts if m.experts else ''}", f"types: {mix_text(m)}",
+            machine_line(plan.machine)]  # fmt: skip
+
+
+def speed_lines(plan: Plan, explain: bool) -> list[str]:
+    """Decoding, prompts, a turn, the hit rate; with ``explain`` the arithmetic of each."""
+    batch, depth = plan.settings.ubatch, min(plan.request.depth, plan.settings.ctx)
+    lines = [
+        f"decode   {plan.decode_tok_s:8.1f} tok/s  predicted at {depth} tokens of context",
+        *(term_lines(plan.terms, 1) if explain else ()),
+        f"prompt   {plan.prefill_tok_s:8.1f} tok/s  predicted in batches of {batch}",
+        *(term_lines(plan.prompt_terms, batch) if explain else ()),
+        f"turn     {plan.turn_s:8.1f} s      {READ} tokens read and {WRITTEN} written: what placements are compared by",
+    ]
+    if explain:
+        lines.append(f"    {READ} / {plan.prefill_tok_s:.4g} + {WRITTEN} / {plan.decode_tok_s:.4g} s")
+    if plan.cache_slots:
+        share = plan.cache_slots / plan.model.experts
+        held = f"of a cache of {plan.cache_slots} experts ({share_text(share)})"
+        lines.append(f"hit rate {plan.hit_rate:8.1%}         {plan.curve.formula(share) if explain else held}")
+    return lines + (threshold_lines(plan) if plan.model.experts and explain else [])
+
+
+def advice_lines(plan: Plan, advice: Sequence[Advice]) -> list[str]:
+    if plan.too_full:
+        return [f"does not fit: {plan.too_full}", "the speeds above are those of a card that had the room"]
+    head = "what would help most:" if advice else "nothing that was tried helps by 2 %"
+    return [head, *(f"  {a.gain:5.2f}x  {a.decode_tok_s:6.1f} tok/s  {a.change}" for a in advice)]
+
+
 def mix_text(model: Model) -> str:
     """Q4_K 16.4 GB (88%), Q6_K 2.1 GB (11%), …: what the file is made of, not only its name."""
     held = types_held(model.tensors)
@@ -138,19 +144,6 @@ def mix_text(model: Model) -> str:
 def count_text(number: int) -> str:
     """30.5 B, 40 M."""
     return f"{number / 1e9:.1f} B" if number >= 10**9 else f"{number / 1e6:.3g} M"
-
-
-def term_lines(terms: Sequence[Term]) -> list[str]:
-    whole = total(terms)
-    rows = [f"    {1e3 * t.seconds:9.3f} ms {t.seconds / whole:5.0%}  {t.name}: {t.formula}" for t in terms]
-    return [*rows, f"    {1e3 * whole:9.3f} ms        in all"]
-
-
-def threshold_lines(plan: Plan) -> list[str]:
-    m, least = plan.model, plan.request.threshold
-    both = [offload_threshold(m, engine, least) for engine in ENGINES[:2]]
-    return [f"a batch takes its host weights to the GPU from {both[0]} tokens (llama.cpp, GGML_OP_OFFLOAD_MIN_BATCH), "
-            f"{both[1]} = {least} x {m.expert_count} / {m.expert_used_count} (ik_llama.cpp)"]  # fmt: skip
 
 
 def memory_lines(plan: Plan) -> list[str]:
