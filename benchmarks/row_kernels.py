@@ -31,7 +31,7 @@ ROWS = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(ARGUMENTS))
 
 def weights(kind: str, rows: int, cols: int) -> np.ndarray:
     """Rows of random blocks uint8 [rows * row bytes], on huge pages."""
-    pages = mmap.mmap(-1, rows * BY_NAME[kind].row_bytes(cols))
+    pages = mmap.mmap(-1, rows * BY_NAME[kind].row_bytes(cols), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(pages, np.uint8)
     memory[:] = np.resize(random_matrix(np.random.default_rng(0), kind, 256, cols).data, memory.size)

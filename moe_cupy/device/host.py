@@ -24,6 +24,7 @@ from moe_cupy.kernels.table import OPS
 
 SPLIT_WORK = 1 << 20  # multiply-adds below which a second thread costs more than it brings (about 100 us)
 HUGE_PAGE = 2 << 20  # bytes; of memory read from end to end, fewer addresses need to be looked up
+ARENA = 64 << 20  # bytes taken at a time for what is loaded, so that small tensors share large pages too
 CALL_WORK = 1 << 28  # multiply-adds in one call at most (about 0.1 s), so that an interrupt is heard in between
 
 
@@ -92,6 +93,7 @@ class HostDevice(Unified):
         self.split = RowSplitter(self.threads, act)
         self._streams: dict[str, ThreadStream | InlineStream] = {}
         self._queues: list[ThreadQueue] = []
+        self._arena = np.empty(0, np.uint8)  # what is left of the last one
 
     @property
     def how(self) -> str:
@@ -101,13 +103,25 @@ class HostDevice(Unified):
 
     def alloc(self, nbytes: int) -> np.ndarray:
         """Uninitialised uint8 [nbytes], page-aligned; pages count against memory when first touched."""
-        pages = mmap.mmap(-1, max(1, nbytes))
+        own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        pages = mmap.mmap(-1, max(1, nbytes), **own)  # by default it is shared, and shared pages are seldom large
         if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE_PAGE:
             with suppress(OSError):  # a kernel without them
                 pages.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(pages, np.uint8)[:nbytes]
 
     pinned = alloc
+
+    def upload(self, host: np.ndarray) -> np.ndarray:
+        """A copy of ``host`` as uint8 [nbytes] that begins a cache line."""
+        if host.nbytes > ARENA // 8:
+            return super().upload(host)
+        size = -(-host.nbytes // 64) * 64
+        if size > len(self._arena):
+            self._arena = self.alloc(ARENA)
+        memory, self._arena = self._arena[: host.nbytes], self._arena[size:]
+        memory[...] = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
+        return memory
 
     def stream(self, name: str) -> ThreadStream | InlineStream:
         """A thread of its own, but "compute" runs on the caller's: its work is what the caller waits for anyway."""
@@ -165,3 +179,4 @@ class HostDevice(Unified):
         self.split.close()
         self._queues.clear()
         self._streams.clear()
+        self._arena = self._arena[:0].copy()

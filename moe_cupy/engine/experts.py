@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_cupy.cache import ExpertCache, Load, Scores
 from moe_cupy.device.base import Device, Event
@@ -19,8 +18,7 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.store import MATRICES, ExpertStore
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """An expert on loan to the current event: wait for ``ready``, then read ``matrices``."""
 
     key: int
@@ -74,7 +72,8 @@ class ExpertMover:
     ) -> list[Held]:
         """Make ``experts`` available to this event; those already here come first. Never blocks."""
         plan = self.cache.access(layer, experts, pinned, scores)
-        self.bytes_demand += len(plan.loads) * self.layout.expert_bytes(layer)
+        if plan.loads:
+            self.bytes_demand += len(plan.loads) * self.layout.expert_bytes(layer)
         loads = [self._start(load, DEMAND) for load in plan.loads]
         hits = [self._hold(key, slot) for key, slot in plan.hits]
         return sorted(hits, key=lambda held: held.ready is not None) + loads

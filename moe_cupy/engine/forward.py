@@ -248,7 +248,7 @@ class Forward:
         for following in (*waves[1:], None):
             if following is None and expected:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})
-            kept = self._keep(layer, held)
+            kept = set() if following is None else self._keep(layer, held)
             ahead = self.mover.acquire(layer, following, kept) if following is not None and kept else None
             self._compute(held, buffers)
             held = self.mover.acquire(layer, following) if following is not None and ahead is None else ahead or []

@@ -47,6 +47,8 @@ class LayerWeights:
 
     def of_experts(self) -> dict[str, Any]:
         """Scales [E] and biases [E, rows] of the products of the routed experts, as the op ``experts`` takes them."""
+        if not self.vectors:
+            return {"scales": {}, "biases": {}}
         scales, biases = (
             {m: self.vectors[f"{stem}.{end}"] for m, stem in EXPERTS.items() if f"{stem}.{end}" in self.vectors}
             for end in ("scale", "bias")

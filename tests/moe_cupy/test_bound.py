@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from moe_cupy.device.host import HostDevice
 from moe_cupy.engine import Engine
 from moe_cupy.kernels.cases import all_cases
-from moe_cupy.kernels.host import bound
+from moe_cupy.kernels.host import bound, jobs
 from moe_cupy.kernels.samples import normal, random_matrix
 from tests.models import Shape, tiny_moe
 
@@ -75,6 +76,19 @@ def test_tokens_one_by_one_get_the_same_logits_with_recorded_launches_and_withou
         for _ in range(2):  # the second sequence begins with what the first has recorded
             engine.reset()
             assert np.array_equal(np.stack([engine.decode(int(t)).copy() for t in tokens]), want)
+
+
+def test_helpers_sleep_after_launches_that_were_made_ready(device):
+    rng, stream = np.random.default_rng(0), device.stream("compute")
+    x, w, out = normal(rng, 1, 256), random_matrix(rng, "F32", 40, 256), np.empty((1, 40), np.float32)
+    run, state = device.bind([("linear", {"x": x, "w": w, "out": out})], stream), device.split.crew.state
+    for _ in range(2):
+        run(0)
+        deadline = time.monotonic() + 5
+        while not state[jobs.ASLEEP] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        asleep, state[jobs.MORE] = state[jobs.ASLEEP], 0  # where it stays 1, the device could not be closed
+        assert asleep == 1
 
 
 def test_a_layer_is_recorded_with_the_first_token_and_run_from_the_record_thereafter():

@@ -32,6 +32,7 @@ def multiply_token(state, jobs, x, results):
     round_rows(kind, x, cols, np.zeros(1, np.int64), 1, panel, 0)
     for i in range(len(jobs)):
         products.give(jobs[i], panel, 0, results[i:].ctypes.data, 1)
+    j.atomic_store(state, j.MORE, 0)
     j.run(state, jobs, (panel, results))
 
 

@@ -128,9 +128,12 @@ def gate_by(x, gate):
 @njit("void(f4[:, :, ::1], f4[:, ::1], b1, f4[:, ::1])", nogil=True, cache=True)
 def combine(parts, weights, add, x):
     """x (+)= sum over rank of weights * parts, in rank order; parts [T, k, D], weights [T, k] (or [T, 0]), x [T, D]."""
+    total = np.empty(x.shape[1], np.float32)
     for t in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            total = np.float32(0)
-            for r in range(parts.shape[1]):
-                total += weights[t, r] * parts[t, r, i] if weights.shape[1] else parts[t, r, i]
-            x[t, i] = x[t, i] + total if add else total
+        total[:] = np.float32(0)
+        for r in range(parts.shape[1]):
+            weight = weights[t, r] if weights.shape[1] else np.float32(1)
+            for i in range(total.size):
+                total[i] += weight * parts[t, r, i]
+        for i in range(total.size):
+            x[t, i] = x[t, i] + total[i] if add else total[i]
