@@ -89,7 +89,7 @@ def _tell(counted: _Counted, ended: threading.Event, out: TextIO) -> None:
         if not counted.count:
             begun = time.monotonic()
         elif (time.monotonic() - begun) // every > told:
-            told = (time.monotonic() - begun) // every
+            told = int((time.monotonic() - begun) // every)
             line = f"compiling host kernels (first run only, about a minute): {counted.count} functions, "
             print(f"{over}{line}{time.monotonic() - begun:.0f} s", end=after, file=out, flush=True)
     if told >= 0:

@@ -44,10 +44,12 @@ def launched_by_the_engine(tmp_path: Path) -> set[str]:
         list(check_ops(device, ("Q8_0", "F16")))
         device.close()
         seen |= device.bases()
-    for kind, options in (("f16", {"decode": "device"}), ("f32", {}), ("f16", {}), ("q8_0", {})):
+    driven = [{"decode": "device", "policy": p, "prefetch": "next-gate", "cache": "slots:4"} for p in ("echo", "lru")]
+    for kind, options in (("f16", driven[0]), ("f16", driven[1]), ("f32", {}), ("f16", {}), ("q8_0", {})):
         device, types = RecordingDevice(), {"cache_type_k": kind, "cache_type_v": kind}
         with Engine(tiny_moe(tmp_path / "m.gguf", ODD), _device=device, **types, **options) as engine:
             engine.logits(np.arange(40))
+            engine.decode(1)
         seen |= device.bases()
     return seen
 
@@ -108,11 +110,11 @@ def test_experts_of_exact_prompts_go_by_tiles_too(name):
     assert np.abs(got - want).max() <= 1e-3 * max(1, want.std()) and np.array_equal(got.argmax(1), want.argmax(1))
 
 
-@pytest.mark.parametrize(("act", "pairs"), [("q8", 2), ("f32", 8)])
-def test_experts_with_few_tokens_each_go_row_by_row(tmp_path, act, pairs):
+@pytest.mark.parametrize(("act", "pairs", "experts"), [("q8", 2, 31), ("f32", 8, 7)])
+def test_experts_with_few_tokens_each_go_row_by_row(tmp_path, act, pairs, experts):
     """A tile costs what 32 vectors cost; what an expert has on average decides, not what is resident."""
-    path = tiny_moe(tmp_path / "m.gguf", replace(ODD, expert_types=(("Q4_0", "Q4_0", "Q8_0"),)))
-    for tokens in (np.arange(7 * pairs + 7), np.arange(8)):
+    path = tiny_moe(tmp_path / "m.gguf", replace(ODD, experts=experts, expert_types=(("Q4_0", "Q4_0", "Q8_0"),)))
+    for tokens in (np.arange((pairs + 1) * experts), np.arange(8)):
         went = []
         for cache in ("100%", "slots:2"):
             device, crowds = RecordingDevice(act), []
