@@ -66,18 +66,22 @@ def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 
     with compilation_told(sys.stderr):
         import_module("moe_cupy.engine")
+        if getattr(args, "device", "host") != "cuda":
+            import_module("moe_cupy.kernels.host.ops")
     return run(args)
 
 
 def open_engine(args: argparse.Namespace) -> Any:
     """The engine that the flags describe; says on stderr which device and placement were chosen."""
     from moe_cupy.engine import Engine, Options
+    from moe_cupy.numba_cache import compilation_told
 
     for line in placement_lines(args):
         note(line)
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
-    engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
+    with compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
+        engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
     note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
     if args.verbose:
         from moe_cupy.tools.report import tensor_lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def demo(n_predict: int, prompt: str) -> int:
     from moe_cupy.numba_cache import compilation_told
 
     with compilation_told(sys.stderr):
+        import_module("moe_cupy.kernels.host.ops")
         from moe_cupy.engine import Engine, Stats
         from moe_cupy.tools.report import side_by_side
 

@@ -37,8 +37,8 @@ class Crew:
                 self._work.release()
 
     def close(self) -> None:
-        """End the helpers."""
-        self._closed = True
+        """End the helpers, also where an op was broken off between ``wake`` and its last list."""
+        self._closed, self.state[jobs.MORE] = True, 0
         for _ in self._threads:
             self._work.release()
         for thread in self._threads:

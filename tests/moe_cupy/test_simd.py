@@ -243,6 +243,16 @@ def test_helpers_sleep_when_there_is_nothing_to_do_and_wake_for_the_next_list():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("crew")]
 
 
+def test_helpers_end_though_an_op_was_broken_off():
+    crew = Crew(2, "q8")
+    crew.wake()
+    time.sleep(0.1)  # awake now, and waiting for a list that does not come
+    closing = threading.Thread(target=crew.close, daemon=True)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
+
+
 def test_many_lists_in_a_row_are_all_done_however_the_helpers_are_placed():
     """A piece that is lost leaves NaN, one that is done twice at the wrong time leaves the number of another list."""
     rng, crew = np.random.default_rng(0), Crew(4, "q8")

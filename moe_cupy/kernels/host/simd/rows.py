@@ -31,7 +31,6 @@ from moe_ref.quants import BY_NAME
 
 SIXTEEN = vector(F32, 16)
 AHEAD = 4096  # bytes of weights that are asked for before they are needed
-AT_ONCE = 4  # blocks of 32 that a loop takes with a single vector: what it does beside them is then done once for four
 ARGUMENTS = ("w", "row_bytes", "blocks", "values", "steps", "sums", "results", "offset", "rows")
 Sums = Sequence[Sequence[Value]]  # for each column, the places of its running sums
 Add = Callable[[Code, Address, Sequence[Value], Sums], None]  # block, parts of the panel
@@ -81,18 +80,27 @@ def _finish(
     code.store(result, place)
 
 
+def _factors(code: Code, d: Value, steps: Value, columns: int) -> list[Value]:
+    """d * step of each column, eight times for each row: a single row's are multiplied at once."""
+    if code.rows > 1:
+        given = [code.splat(code.read(F32, steps, 4 * c), code.rows) for c in range(columns)]
+        return [code.each(code.fmul(d, step), [0] * 8) for step in given]
+    products = code.fmul(code.pick(d, [0] * columns), code.read(vector(F32, columns), steps))
+    return [code.pick(products, [c] * 8) for c in range(columns)]
+
+
 def small_block(kind: str, isa: Portable) -> Add:
     """Add the products of 32 weights with each column."""
 
     def add(code: Code, at: Address, panel: Sequence[Value], sums: Sums) -> None:
         block, (values, steps, block_sums) = BLOCKS[kind](code, isa, at), panel
         signed = block.base is None
-        fours = isa.signed_fours if signed else isa.fours
+        size = isa.sizes(code, block.codes) if signed else block.codes
+        factors = _factors(code, block.d, steps, len(sums))
         for c, (place,) in enumerate(sums):
             x = code.for_all(code.read(BYTES, values, 32 * c))
-            step = code.splat(code.read(F32, steps, 4 * c), code.rows)
-            factor = code.each(code.fmul(block.d, step), [0] * 8)
-            result = code.multiply_add(code.float_of(fours(code, block.codes, x)), factor, code.load(place))
+            x = isa.signed_by(code, x, block.codes) if signed else x
+            result = code.multiply_add(code.float_of(isa.fours(code, size, x)), factors[c], code.load(place))
             if not signed:  # into the first lane, as all that is left of the block
                 base = code.fmul(block.base, code.splat(code.read(F32, block_sums, 4 * c), code.rows))
                 result = code.fadd(result, code.each(base, [0, *[1] * 7], constant(base.type, 0)))
@@ -138,37 +146,11 @@ def _adder(kind: str, isa: Portable) -> tuple[Add, tuple[int, ...], int]:
     return builder(kind, isa), (16 if kind in FLOATS else 8,), isa.rows
 
 
-def add_several(
-    code: Code, add: Add, moving: Sequence[Value], steps: Sequence[int], sums: Sums, *, offsets: Sequence[Value],
-    times: int, ahead: Value,
-) -> None:  # fmt: skip
-    """Add ``times`` blocks of the rows at ``offsets`` from where weights and panel stand, and move on behind them."""
-    start, *parts = (code.load(place) for place in moving)
-    rows = [code.at(start, offset) for offset in offsets]
-    ask_ahead(code, tuple(rows), ahead, times * steps[0])
-    for i in range(times):
-        at = tuple(code.at(row, i * steps[0]) for row in rows)
-        add(code, at, [code.at(part, i * size) for part, size in zip(parts, steps[1:], strict=True)], sums)
-    for place, step in zip(moving, steps, strict=True):
-        code.advance(place, times * step)
-
-
-def turns_of(times: int) -> list[tuple[int, Callable[[Code, Value], Value]]]:
-    """How many blocks a loop takes at a time, and how often: ``times`` each, then what is left one by one."""
-    if times == 1:
-        return [(1, lambda code, blocks: blocks)]
-    return [
-        (times, lambda code, blocks: code.udiv(blocks, code.number(times))),
-        (1, lambda code, blocks: code.urem(blocks, code.number(times))),
-    ]
-
-
 def row_kernel(kind: str, isa: Portable, columns: int) -> str:
     """LLVM text of ``rows`` (``ARGUMENTS``): result[c][r] = W[r] . x[c] for ``rows`` rows from ``w`` on."""
     add, lanes, at_once = _adder(kind, isa)
     at_once, (block_bytes, sizes) = at_once if columns == 1 or kind in FLOATS else 1, block_sizes(kind)
     steps = [block_bytes, *(columns * size for size in sizes)]
-    turns = turns_of(AT_ONCE if kind in BLOCKS and columns == 1 else 1)
 
     def body(code: Code, arguments: Sequence[Value]) -> None:
         w, row_bytes, blocks, *panel, results, offset, rows = arguments
@@ -185,10 +167,13 @@ def row_kernel(kind: str, isa: Portable, columns: int) -> str:
             here = [code.number(0)] * at_once  # from the first row to each; the last may be alone and is done twice
             if at_once > 1:
                 here[1] = code.select(code.icmp_signed(">", code.load(left), code.number(1)), code.number(1), here[0])
-            for times, count in turns:
-                with code.loop(count(code, blocks)):
-                    offsets = [code.mul(which, row_bytes) for which in here]
-                    add_several(code, add, moving, steps, sums, offsets=offsets, times=times, ahead=ahead)
+            with code.loop(blocks):
+                start, *parts = (code.load(place) for place in moving)
+                at = tuple(code.at(start, code.mul(which, row_bytes)) for which in here)
+                ask_ahead(code, at, ahead, block_bytes)
+                add(code, at, parts, sums)
+                for place, step in zip(moving, steps, strict=True):
+                    code.advance(place, step)
             for c, places in enumerate(sums):
                 y = code.at(code.read(I64, results, 8 * c), code.load(out))
                 for which, total in zip(here, code.totals([code.load(place) for place in places]), strict=True):
