@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,7 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
     add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
     add("--host-cache", default="auto", help="experts in page-locked RAM before a GPU: 2GiB, 25%%, slots:N or auto")
-    add("--decode", choices=["host", "device"], default="host", help="who decides what is loaded: host, device (LRU)")
+    add("--decode", choices=["host", "device"], default="host", help="who decides what is loaded (default host)")
     add("--policy", choices=list(POLICIES), default="echo", help="whom to evict (default echo)")
     add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
     add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
@@ -58,13 +60,19 @@ def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) ->
     add("-v", "--verbose", action="store_true", help="list every tensor with its place and why")
 
 
+def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """Run a command once the kernels are there; that they are compiled is said where it has to be done."""
+    from moe_cupy.numba_cache import compilation_told
+
+    with compilation_told(sys.stderr):
+        import_module("moe_cupy.engine")
+    return run(args)
+
+
 def open_engine(args: argparse.Namespace) -> Any:
     """The engine that the flags describe; says on stderr which device and placement were chosen."""
     from moe_cupy.engine import Engine, Options
-    from moe_cupy.kernels.host.compiled import first_run
 
-    if first_run():
-        note("compiling host kernels (first run only, up to a minute)…")
     for line in placement_lines(args):
         note(line)
     names = Options.__dataclass_fields__
@@ -254,7 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Any, engine: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__.splitlines()[0].replace("%", "%%"), description=run.__doc__)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run if name == "repack" else partial(with_kernels, run))
         if engine:
             add_engine(sub, "q8" if name == "run" else "f32")  # the others are compared with moe_ref
         return sub

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_ref.command import note, run_command
+from moe_ref.command import run_command
 from moe_ref.sampling import Sampler
 
 MODEL = Path(__file__).resolve().parent.parent / "data" / "moe-40m-Q4_K_M.gguf"
@@ -22,12 +22,11 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def demo(n_predict: int, prompt: str) -> int:
     """Print the text of the first run as it comes, then the figures of all runs side by side."""
-    from moe_cupy.kernels.host.compiled import first_run
+    from moe_cupy.numba_cache import compilation_told
 
-    if first_run():
-        note("compiling host kernels (first run only, up to a minute)…")
-    from moe_cupy.engine import Engine, Stats
-    from moe_cupy.tools.report import side_by_side
+    with compilation_told(sys.stderr):
+        from moe_cupy.engine import Engine, Stats
+        from moe_cupy.tools.report import side_by_side
 
     columns: list[tuple[str, Stats]] = []
     texts: list[str] = []

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import numba
-from numba.core import config
+from numba.core import config, event
 
 STOP = b"."  # the last byte of any pickle
 _LENT: list[tempfile.TemporaryDirectory] = []  # a folder for this process alone
@@ -49,3 +53,45 @@ def _is_cut_short(file: Path) -> bool:
         size = pickled.seek(0, 2)
         pickled.seek(max(0, size - 1))
         return pickled.read() != STOP
+
+
+class _Counted(event.Listener):
+    """How many functions have been begun."""
+
+    count = 0
+
+    def on_start(self, event: event.Event) -> None:
+        self.count += 1
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+@contextmanager
+def compilation_told(out: TextIO) -> Iterator[None]:
+    """Meanwhile, say on ``out`` that functions are compiled, if any are: each second on a terminal, else each ten."""
+    counted, ended = _Counted(), threading.Event()
+    teller = threading.Thread(target=_tell, args=(counted, ended, out), name="compilation", daemon=True)
+    with event.install_listener("numba:compile", counted):
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
+
+
+def _tell(counted: _Counted, ended: threading.Event, out: TextIO) -> None:
+    """A line is written over on a terminal, and followed by others elsewhere."""
+    over, after, every = ("\r", "", 1) if out.isatty() else ("", "\n", 10)
+    begun, told = time.monotonic(), -1
+    while not ended.wait(0.2):
+        if not counted.count:
+            begun = time.monotonic()
+        elif (time.monotonic() - begun) // every > told:
+            told = int((time.monotonic() - begun) // every)
+            line = f"compiling host kernels (first run only, about a minute): {counted.count} functions, "
+            print(f"{over}{line}{time.monotonic() - begun:.0f} s", end=after, file=out, flush=True)
+    if told >= 0:
+        done = f"compiled host kernels in {time.monotonic() - begun:.0f} s; they are kept on disk"
+        print(over + done.ljust(90 if over else 0), file=out)

@@ -66,20 +66,24 @@ class Array:
         return Array((), _numpy=part)
 
 
+VERSIONS = {13: "13.6.0", 14: "14.2.0"}  # that were looked at; what is used of them differs in ``is_available``
+
+
 class Cupy:
     """The module. ``pinned_limit`` is how much may be page-locked, ``driver`` its version (0: none)."""
 
-    __version__ = "0.fake"
     ndarray = Array
 
-    def __init__(self, pinned_limit: int = 1 << 40, driver: int = 12090, gpu: bool = True, free: int = TOTAL):
+    def __init__(self, pinned_limit: int = 1 << 40, driver: int = 12090, gpu: bool = True, free: int = TOTAL,
+                 version: int = 14):  # fmt: skip
         self.log: list[tuple[str, str, Any]] = []
         self.pinned: dict[int, np.ndarray] = {}
         self.limit, self.free = pinned_limit, free
+        self.__version__, self._version, self._driver, self._gpu = VERSIONS[version], version, driver, gpu
         self._by_pointer: dict[int, Stream] = {}
         self.current = threading.local()
         self.cuda = SimpleNamespace(
-            is_available=lambda: gpu and driver > 0, alloc=self._alloc, get_elapsed_time=elapsed,
+            is_available=self._is_available, alloc=self._alloc, get_elapsed_time=elapsed,
             Device=lambda: SimpleNamespace(compute_capability="120"),
             Stream=self._stream, Event=lambda **options: Event(self, **options),
             compiler=SimpleNamespace(CompileException=CompileException),
@@ -89,6 +93,12 @@ class Cupy:
                 memGetInfo=lambda: (self.free, TOTAL),
             ),
         )  # fmt: skip
+
+    def _is_available(self) -> bool:
+        """14 catches whatever goes wrong; 13 only that there is no GPU, not that there is no driver."""
+        if self._driver == 0 and self._version == 13:
+            raise CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime")
+        return self._gpu and self._driver > 0
 
     def note(self, call: str, detail: Any = None) -> None:
         self.log.append((call, threading.current_thread().name, detail))
@@ -136,7 +146,7 @@ class Stream:
     def __init__(self, cupy: Cupy):
         self._cupy, self.number = cupy, next(self.numbers)
         self.ptr, self.thread = id(self), ThreadStream(f"cuda-{self.number}")
-        self.captured: list[Launch] | None = None  # since begin_capture
+        self.captured: Capture | None = None  # since begin_capture, or since it waits for what is captured
 
     def __enter__(self) -> Stream:
         self._cupy.current.stream = self
@@ -146,26 +156,69 @@ class Stream:
         self._cupy.current.stream = None
 
     def wait_event(self, event: Event) -> None:
-        assert event.point is not None, "an event that was never recorded orders nothing"
+        assert event.point is not None or event.capture, "an event that was never recorded orders nothing"
         self._cupy.note("wait", (self.number, event.number))
-        self.thread.wait(event.point, "")
+        if event.capture is not None:
+            event.capture.join(event, self)
+        elif self.captured is not None:
+            raise CUDARuntimeError("cudaErrorStreamCaptureIsolation: an event from outside the graph")
+        else:
+            self.thread.wait(event.point, "")
 
     def begin_capture(self) -> None:
         assert self._cupy.current.stream is self
-        self.captured = []
+        self.captured = Capture(self)
 
     def end_capture(self) -> Any:
-        captured, self.captured = self.captured, None
-        return SimpleNamespace(launch=lambda stream: stream.replay(captured))
-
-    def replay(self, captured: list[Launch]) -> None:
-        self._cupy.note("graph", (len(captured), self.number))
-        self.thread.run(lambda: [emulated().launch(launch) for launch in captured])
+        assert self.captured is not None and self.captured.first is self
+        captured = self.captured.end()
+        return SimpleNamespace(launch=lambda stream: captured.replay(self._cupy, stream))
 
     def synchronize(self) -> None:
         assert self.captured is None, "a stream that is being captured cannot be waited for"
         self._cupy.note("Stream.synchronize", self.number)
         self.thread.record().synchronize()
+
+
+class Capture:
+    """A graph in the making: launches of streams, and which event puts which stream behind which."""
+
+    def __init__(self, first: Stream):
+        self.first, self.items, self.streams = first, list[tuple[Stream, Any]](), {first}
+        self.unjoined: dict[Stream, int] = {}  # streams that the first is not behind of, and where their last item is
+
+    def launch(self, stream: Stream, launch: Launch) -> None:
+        self.items.append((stream, launch))
+        self._note(stream)
+
+    def join(self, event: Event, stream: Stream) -> None:
+        """``stream`` is behind ``event`` from here on, and part of the graph if it was not."""
+        if stream is self.first and self.unjoined.get(event.stream, -1) < event.at:
+            self.unjoined.pop(event.stream, None)
+        stream.captured = self
+        self.streams.add(stream)
+        self.items.append((stream, event.stream))
+        self._note(stream)
+
+    def end(self) -> Capture:
+        for stream in self.streams:
+            stream.captured = None
+        if self.unjoined:
+            raise CUDARuntimeError("cudaErrorStreamCaptureUnjoined")
+        return self
+
+    def replay(self, cupy: Cupy, stream: Stream) -> None:
+        launches = [what for _, what in self.items if isinstance(what, Launch)]
+        cupy.note("graph", (len(launches), stream.number))
+        for one, what in self.items:  # an event was recorded at the latest item before: to be behind more is legal
+            if isinstance(what, Launch):
+                one.thread.run(lambda launch=what: emulated().launch(launch))
+            else:
+                one.thread.wait(what.thread.record(), "")
+
+    def _note(self, stream: Stream) -> None:
+        if stream is not self.first:
+            self.unjoined[stream] = len(self.items) - 1
 
 
 class Event:
@@ -175,23 +228,37 @@ class Event:
 
     def __init__(self, cupy: Cupy, block: bool = False, disable_timing: bool = False):
         self._cupy, self.point, self.time, self.is_timed = cupy, None, 0.0, not disable_timing
+        self.capture: Capture | None = None  # that it was recorded in, on stream, behind so many items
+        self.stream: Any = None
+        self.at = 0
         self.number = next(self.numbers)
 
     def record(self, stream: Stream) -> None:
         self._cupy.note("record", (stream.number, self.number))
+        if stream.captured is not None:
+            self.capture, self.stream, self.at = stream.captured, stream, len(stream.captured.items)
+            return
         stream.thread.run(lambda: setattr(self, "time", time.perf_counter()))
         self.point = stream.thread.record()
 
     @property
     def done(self) -> bool:
+        self._ask()
         is_over = self.point.done()
         if is_over:
             self._cupy.note("done", self.number)
         return is_over
 
     def synchronize(self) -> None:
+        self._ask()
         self._cupy.note("Event.synchronize", self.number)
         self.point.synchronize()
+
+
+    def _ask(self) -> None:
+        if self.capture is not None:
+            raise CUDARuntimeError("cudaErrorCapturedEvent: operation not permitted on an event last recorded in a "
+                                   "capturing stream")  # fmt: skip
 
 
 def elapsed(before: Event, after: Event) -> float:
@@ -217,7 +284,7 @@ class Module:
         given = tuple(plain(kind, value) for (_, kind), value in zip(kernel.parameters, args, strict=True))
         launch = Launch(kernel.name, grid, block[0], given, shared_bytes)
         if stream.captured is not None:
-            stream.captured.append(launch)
+            stream.captured.launch(stream, launch)
             return
         self._cupy.note("launch", (kernel.name, stream.number))
         stream.thread.run(lambda: emulated().launch(launch))

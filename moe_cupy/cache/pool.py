@@ -7,7 +7,7 @@ layer of one forward pass; hits are counted against what was resident when it be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +86,12 @@ class Pool:
             self.unused.discard(key)
             self.policy.evict(key)
             self._free.append(self.slot_of.pop(key))
+
+    def restore(self, slot_of: Mapping[int, int], unused: Iterable[int]) -> None:
+        """Residents as somebody else has decided, who also told the policy."""
+        free = set(self.slot_of.values()) | set(self._free)
+        self.slot_of, self.unused = dict(slot_of), set(unused)
+        self._free = sorted(free - set(self.slot_of.values()), reverse=True)
 
     def _exchange(self, incoming: Sequence[int], victims: Sequence[int]) -> tuple[Load, ...]:
         """Who gets which slot: the free ones first, then those of the victims."""

@@ -13,6 +13,8 @@ from moe_cupy.cache.policies import LRU, Geometry, Heaped, Policy, Scores
 
 GONE = math.inf  # the number of a resident that is no victim any more
 HALF_LIFE = 16  # tokens, of the decayed counts
+ONE = 1 << 40  # of the fractions of decayed counts
+POWERS = [round(ONE * 2 ** (i / HALF_LIFE)) for i in range(HALF_LIFE)]
 CLASS_HALF_LIFE, HIGHEST_CLASS = 128, 7  # of llama.cpp's classes of uses
 
 
@@ -120,20 +122,21 @@ class LFRU(Ranked):
 class DecayedLFU(Heaped):
     """Fewest uses, each worth half after HALF_LIFE tokens; counts survive eviction; ties by least recent use.
 
-    Decay spares no one, so it changes no order: kept is log2(count) + token / half-life at the last use.
+    Decay spares no one, so it changes no order: kept is the sum of 2^(token / half-life) over all uses, as an integer
+    (``one_more_use``), so that all devices agree.
     """
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self._token, self._layer = 0, -1
-        self._count = [-GONE] * geometry.layers * geometry.experts
+        self._count = [0] * geometry.layers * geometry.experts
         self._touched = [0] * geometry.layers * geometry.experts  # when it was used or came
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         self._token += layer <= self._layer
         self._layer = layer
         for key in keys:
-            self._count[key] = one_more(self._count[key], self._token / HALF_LIFE)
+            self._count[key] = one_more_use(self._count[key], self._token)
             if key in self._resident:
                 self._touch(key)
 
@@ -147,6 +150,21 @@ class DecayedLFU(Heaped):
     def _touch(self, key: int) -> None:
         self._now += 1
         self._touched[key] = self._now
+
+
+def one_more_use(count: int, token: int) -> int:
+    """A sum of 2^(token / HALF_LIFE) with one more addend. 0 is none; else (e + 1) 2^40 + f says 2^e (1 + f / 2^40).
+
+    Greater sums are greater integers. What is below 2^-40 of the sum is dropped.
+    """
+    exponent, whole = token // HALF_LIFE, POWERS[token % HALF_LIFE]
+    if count:
+        before, old = count // ONE - 1, count % ONE + ONE
+        higher = max(exponent, before)
+        whole, exponent = (whole >> higher - exponent) + (old >> higher - before), higher
+    if whole >= 2 * ONE:
+        whole, exponent = whole >> 1, exponent + 1
+    return exponent * ONE + whole
 
 
 def one_more(count: float, now: float) -> float:

@@ -31,12 +31,12 @@ class CompiledEcho(Policy):
 
     def __init__(self, geometry: Geometry, weights: dict[str, list[float]] | None = None) -> None:
         weights = weights or load_weights()
-        self._state, self._arrays = empty_state(geometry.layers, geometry.experts)
-        self._state["habit"], self._state["mix"] = weights["habit"], weights["mix"]
+        self.state, self.arrays = empty_state(geometry.layers, geometry.experts)
+        self.state["habit"], self.state["mix"] = weights["habit"], weights["mix"]
         first, last = weights["habit"][0], weights["habit"][-1]
-        self._state["of_rest"] = [first + last * math.log(1 + rest) for rest in range(LONGEST_REST + 1)]
-        self._address = ctypes.c_void_p(self._state.ctypes.data)
-        self._inbox, self._outbox = (self._arrays[name].data for name in ("inbox", "outbox"))
+        self.state["of_rest"] = [first + last * math.log(1 + rest) for rest in range(LONGEST_REST + 1)]
+        self._address = ctypes.c_void_p(self.state.ctypes.data)
+        self._inbox, self._outbox = (self.arrays[name].data for name in ("inbox", "outbox"))
 
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         self._ask(layer, keys, (), 0, ())

@@ -50,17 +50,19 @@ RECORD = np.dtype([(f"of_{SOURCES:x}", "i8"), *NUMBERS, *TABLES, *ADDRESSES])
 
 
 def empty_state(layers: int, experts: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The record [1] before the first token, and the arrays that it has the addresses of."""
+    """The record [1] before the first token, and the arrays that it has the addresses of; "rows" are most as one."""
     keys = layers * experts
-    arrays = {name: np.array([value] * layers) for name, value in BY_LAYER.items()}
-    arrays |= {name: np.array([value] * keys) for name, value in BY_KEY.items()}
+    parts = [np.full(layers, value) for value in BY_LAYER.values()] + [np.full(keys, v) for v in BY_KEY.values()]
+    rows, ends = np.concatenate([part.view(np.int64) for part in parts]), np.cumsum([len(part) for part in parts])
+    views = zip((*BY_LAYER, *BY_KEY), parts, ends, strict=True)
+    arrays = {name: rows[end - len(part) : end].view(part.dtype) for name, part, end in views} | {"rows": rows}
     arrays |= {"used": np.zeros((keys, WORDS), np.uint64), "users": np.zeros((TOKENS, keys // 64 + 1), np.uint64)}
     arrays |= {"inbox": np.zeros(FIRST + 3 * keys, np.int64), "outbox": np.zeros(1 + keys, np.int64)}
     state = np.zeros(1, RECORD)
     state["layers"], state["experts"], state["token"], state["layer"] = layers, experts, -1, layers - 1
     state["neighbours"], state["prior_weight"], state["spans"] = NEIGHBOURS, PRIOR, WINDOWS
-    for name, array in arrays.items():
-        state[name] = array.ctypes.data
+    for name, _ in ADDRESSES:
+        state[name] = arrays[name].ctypes.data
     return state, arrays
 
 

@@ -29,8 +29,9 @@ OPTIONS = ("--std=c++17",)
 
 def missing(cupy: Any) -> str:
     """What stands between an imported CuPy and a GPU, or nothing."""
-    if cupy.cuda.is_available():  # never getDeviceCount: it raises where there is no driver
-        return ""
+    with suppress(cupy.cuda.runtime.CUDARuntimeError):  # of CuPy 13, where there is no driver
+        if cupy.cuda.is_available():
+            return ""
     version = cupy.cuda.runtime.driverGetVersion()
     if version == 0:
         return f"CuPy {cupy.__version__} is here, but there is no NVIDIA driver on this machine: install one"
@@ -166,6 +167,11 @@ class CudaDevice(DiscreteDevice):
                 yield graph
             finally:
                 graph.raw = stream.raw.end_capture()
+
+    def order(self, before: Any, after: Any) -> None:
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(before.raw)
+        after.raw.wait_event(event)
 
     def replay(self, graph: Any, stream: Any) -> None:
         graph.raw.launch(stream.raw)

@@ -175,11 +175,18 @@ class DiscreteDevice(ABC):
 
     @abstractmethod
     def capture(self, stream: Any) -> AbstractContextManager[Any]:
-        """Inside, launches of ``stream`` do not run but become the graph that this gives."""
+        """Inside, launches of ``stream``, and of those that ``order`` puts behind it, become the graph that this gives.
+
+        In the end ``stream`` has to be behind all of them.
+        """
 
     @abstractmethod
     def replay(self, graph: Any, stream: Any) -> None:
         """Run a graph in stream order."""
+
+    @abstractmethod
+    def order(self, before: Any, after: Any) -> None:
+        """Work of the stream ``after`` from here on comes after all of ``before`` so far, in a graph too."""
 
     def put(self, dst: Any, values: np.ndarray, stream: Any) -> None:
         size = max(SMALLEST_BLOCK, 1 << (values.nbytes - 1).bit_length())

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,56 @@ def library() -> Library:
         teller.join()
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Launches of one stream, one after the other."""
+
+    stream: Any
+    launches: list[Launch]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """From here on ``after`` is behind all of ``before`` so far."""
+
+    before: Any
+    after: Any
+
+
+class Graph:
+    """What was captured: work of streams that orders join, as CUDA lets them join a capture."""
+
+    def __init__(self, stream: Any):
+        self._stream, self.items = stream, list[Work | Order]()
+        self._joined = {stream}
+        self._open: set[Any] = set()  # streams with work that the first is not behind of
+
+    def launch(self, launch: Launch, stream: Any) -> None:
+        """One more kernel."""
+        if stream not in self._joined:
+            raise DeviceError(f"stream {stream.name} is not part of the graph: nothing orders it behind the first")
+        self._open |= {stream} - {self._stream}
+        last = self.items[-1] if self.items else None
+        if isinstance(last, Work) and last.stream is stream:
+            last.launches.append(launch)
+        else:
+            self.items.append(Work(stream, [launch]))
+
+    def order(self, before: Any, after: Any) -> None:
+        """One more order."""
+        if before not in self._joined:
+            raise DeviceError(f"stream {before.name} is not part of the graph: what is behind it would not be either")
+        self._joined.add(after)
+        self._open |= {after} - {self._stream}
+        self._open -= {before} if after is self._stream else set()
+        self.items.append(Order(before, after))
+
+    def check(self) -> None:
+        """Raises DeviceError if some work may be left when the first stream is done."""
+        if self._open:
+            raise DeviceError(f"the graph does not wait for {', '.join(s.name for s in self._open)}")
+
+
 class EmulatedDevice(DiscreteDevice, HostDevice):
     """``memory`` is RAM; what is a copy over the bus on a GPU is a copy here. It poses as any ``capability``."""
 
@@ -53,7 +105,7 @@ class EmulatedDevice(DiscreteDevice, HostDevice):
 
     def __init__(self, act: str = "f32", capability: tuple[int, int] = (12, 0)) -> None:
         self.kernels, self.capability = library(), capability
-        self._graph: list[Launch] | None = None  # that is being captured
+        self._graph: Graph | None = None  # that is being captured
         DiscreteDevice.__init__(self, act)
         HostDevice.__init__(self, 1, act, inline=False)
         self._arena = self.pinned(ARENA)
@@ -83,22 +135,32 @@ class EmulatedDevice(DiscreteDevice, HostDevice):
 
     def run(self, launch: Launch, stream: Any) -> None:
         if self._graph is not None:
-            self._graph.append(launch)
+            self._graph.launch(launch, stream)
         else:
             stream.run(lambda: self.kernels.launch(launch))
 
+    def order(self, before: Any, after: Any) -> None:
+        if self._graph is not None:
+            self._graph.order(before, after)
+        else:
+            after.wait(before.record(), "branch")
+
     @contextmanager
-    def capture(self, stream: Any) -> Iterator[list[Launch]]:
-        graph: list[Launch] = []
-        self._graph = graph
+    def capture(self, stream: Any) -> Iterator[Graph]:
+        self._graph = graph = Graph(stream)
         try:
             yield graph
         finally:
             self._graph = None
+        graph.check()
 
-    def replay(self, graph: list[Launch], stream: Any) -> None:
-        def run() -> None:
-            for launch in graph:
-                self.kernels.launch(launch)
+    def replay(self, graph: Graph, stream: Any) -> None:
+        for item in graph.items:
+            if isinstance(item, Order):
+                item.after.wait(item.before.record(), "branch")
+            else:
+                item.stream.run(partial(self._run_all, item.launches))
 
-        stream.run(run)
+    def _run_all(self, launches: list[Launch]) -> None:
+        for launch in launches:
+            self.kernels.launch(launch)

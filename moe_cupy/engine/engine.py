@@ -18,7 +18,7 @@ from moe_cupy.cache import Counters
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
 from moe_cupy.engine.choosing import Offer, deciding
-from moe_cupy.engine.driven import DrivenForward, place_resident
+from moe_cupy.engine.driven import DrivenForward, place_driven
 from moe_cupy.engine.experts import ExpertMover
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
@@ -153,7 +153,7 @@ class Engine:
             for mover in self.movers.values():
                 mover.empty()
             if isinstance(self.forward, DrivenForward):
-                self.forward.experts.empty()
+                self.forward.pools.empty()
         self.reset_stats()
 
     def encode(self, text: str) -> list[int]:
@@ -169,35 +169,34 @@ class Engine:
 
     @property
     def _step(self) -> int:
-        """Prompt tokens at a time: one where the device decides, which does so token by token."""
-        return 1 if self.options.decode == "device" and self.config.is_moe else self.options.ubatch_size
+        """Prompt tokens at a time."""
+        return self.options.ubatch_size
 
     @property
     def stats(self) -> Stats:
         """The counters so far."""
+        if isinstance(self.forward, DrivenForward):
+            self.forward.pools.to_host()
         stalled = self._stalled() - self._stalled_before
         moved: dict[str, Any] = self.mover.counters() if self.mover is not None else {}
         if self.split.is_divided and CPU in self.movers:
             cpu = self.movers[CPU].counters()
             moved |= {"cpu_experts": cpu["hits"] + cpu["misses"], "cpu_misses": cpu["misses"]}
-        if isinstance(self.forward, DrivenForward):
-            moved = self.forward.experts.counters()
         return replace(self._stats, stall_us=int(1e6 * stalled), **moved)
 
     def reset_stats(self) -> None:
         """Start counting from zero; what is resident stays."""
         self._stalled_before = self._stalled()
+        if isinstance(self.forward, DrivenForward):
+            self.forward.pools.to_host()
         for mover in self.movers.values():
             mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
             for pool in (*mover.cache.pools, *mover.transport.pools):
                 pool.counters = Counters()
-        driven = isinstance(self.forward, DrivenForward)
-        if isinstance(self.forward, DrivenForward):
-            self.forward.experts.reset_counters()
         self._stats = Stats(
             device=self.device.name,
-            policy="lru" if driven else self.options.policy,
-            prefetch="none" if driven else self.options.prefetch,
+            policy=self.options.policy,
+            prefetch=self.options.prefetch,
             cache_slots=self.placement.slots,
             cache_bytes=self.placement.cache_bytes,
             experts=self.placement.experts,
@@ -224,7 +223,8 @@ class Engine:
         layout, driven = expert_layout(self.file, self.views, c.block_count, c.expert_count), None
         self.stores = stores = open_stores(split, self.file, layout, o, self._resources)
         if o.decode == "device" and stores:
-            driven, reason = place_resident(self.device, stores[split.main], c.expert_used_count, o.cache)
+            driven, reason = place_driven(self.device, stores[split.main], c.expert_used_count, o)
+            self.movers = {split.main: driven.mover}
         else:
             self.movers, reason = place_movers(split, stores, c.expert_used_count, o)
         self.mover = self.movers.get(split.main)
@@ -237,8 +237,7 @@ class Engine:
         if split.is_divided:
             self.forward = TwoDevices(split, self.movers, c, w, prefetcher)
         elif driven is not None:
-            self.placement = driven.placement(w.nbytes[split.main], stores[split.main].how, reason)
-            self.forward = DrivenForward(self.device, c, w, None, prefetcher, experts=driven)
+            self.forward = DrivenForward(self.device, c, w, self.mover, prefetcher, pools=driven)
         else:
             self.forward = Forward(self.device, c, w, self.mover, prefetcher)
         self.reset_stats()
@@ -300,6 +299,8 @@ class Engine:
             device.recover()
         for mover in self.movers.values():
             mover.recover()
+        if isinstance(self.forward, DrivenForward):
+            self.forward.pools.recover()
 
 
 def _close_all(resources: list[Any]) -> None:

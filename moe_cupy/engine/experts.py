@@ -42,6 +42,11 @@ class ExpertMover:
         self._touched: dict[int, Any] = {}  # slot -> the last load into it or kernel that reads it
         self._matrices: dict[int, dict[str, Matrix]] = {}  # slot -> what lies in it
 
+    @property
+    def slots(self) -> Sequence[Any]:
+        """The memory of each slot, uint8 [slot_bytes]."""
+        return self._slots
+
     def _allocate(self, device: Device) -> int:
         total = 0
         for index, pool in enumerate(self.cache.pools):
@@ -113,6 +118,18 @@ class ExpertMover:
         self._loading.clear()
         self._touched.clear()
         self.transport.recover()
+
+    def settle(self) -> None:
+        """Wait until all loads have ended; raises what kept one from it."""
+        for event in self._loading.values():
+            event.synchronize()
+        self._loading.clear()
+        self._touched.clear()
+
+    def adopt(self) -> None:
+        """With the device idle: in the slots is what the cache says, whoever brought it."""
+        for pool in self.cache.pools:
+            self._matrices |= {slot: self._describe(key, self._slots[slot]) for key, slot in pool.slot_of.items()}
 
     def empty(self) -> None:
         """With the queue idle: no expert is resident, and the policy has seen nothing."""

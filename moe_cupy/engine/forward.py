@@ -94,14 +94,15 @@ class Forward:
         """Logits in device memory, once the stream has come there."""
         return self._pass(self._begin(tokens, kv), last_only)
 
-    def _pass(self, run: Pass, last_only: bool) -> Any:
-        """All launches of a pass: logits [T or 1, vocab] in device memory."""
-        for layer, w in zip(self.config.layers, self.weights.layers, strict=True):
-            self._layer(Block(run, layer, w))
+    def _pass(self, run: Pass, last_only: bool, resumed_at: int = -1) -> Any:
+        """All launches of a pass: logits [T or 1, vocab] in device memory; or those from a layer's experts on."""
+        for layer, w in list(zip(self.config.layers, self.weights.layers, strict=True))[max(0, resumed_at) :]:
+            self._layer(Block(run, layer, w), layer.index == resumed_at)
         return self._head(run, run.x[-1:] if last_only else run.x)
 
-    def _layer(self, block: Block) -> None:
-        self._mix(block)
+    def _layer(self, block: Block, mixed: bool = False) -> None:
+        if not mixed:
+            self._mix(block)
         if block.layer.is_moe:
             self._moe(block)
         else:

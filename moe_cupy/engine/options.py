@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_cupy.cache.tabled import RULES
 from moe_cupy.compiled import POLICIES
 from moe_cupy.plan.rules import Override
 from moe_cupy.prefetch import PREFETCHERS
 
+DECIDERS = (*RULES, "echo")  # policies that kernels know
+IN_A_GRAPH = ("none", "next-gate")  # predictors that a captured token can hold
 DEFAULT_CONTEXT = 4096  # tokens, where neither the caller nor the model asks for less
 
 
@@ -30,7 +33,7 @@ class Options:
     direct_io: bool = True
     reads_in_flight: int = 4
     act: str = "f32"  # of activations that meet a quantized matrix; "q8" rounds them to 8 bits, several times faster
-    decode: str = "host"  # who decides what is loaded: host (policies, disk) or device (LRU, a token is one graph)
+    decode: str = "host"  # who decides what is loaded: host (any policy) or device (some, a token is one graph)
     n_gpu_layers: str | int | None = None  # llama.cpp's -ngl: the last N layers, the output counted as one
     overrides: str | Sequence[Override] = ()  # its -ot "exps=CPU", or the planner's rules, --cpu-moe's among them
     progress: bool = False  # show on stderr how far loading is
@@ -49,11 +52,19 @@ class Options:
                 raise ValueError(
                     f"{name}: {getattr(self, name)!r}, expected text such as '2GiB', '25%', 'slots:48' or 'auto'"
                 )
-        if self.decode == "device" and self.host_cache != "auto":
-            raise ValueError("--decode device page-locks all experts; leave out --host-cache, or use --decode host")
+        if self.decode == "device":
+            self._check_device_decides()
         for name in ("ubatch_size", "reads_in_flight", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is too small; use at least 1")
         if self.ctx_size < 0:
             raise ValueError(f"ctx_size: {self.ctx_size} is negative; 0 takes the model's")
+
+    def _check_device_decides(self) -> None:
+        for value, able, flag in ((self.policy, DECIDERS, "--policy"), (self.prefetch, IN_A_GRAPH, "--prefetch")):
+            if value not in able:
+                raise ValueError(
+                    f"{flag} {value}: not with --decode device, where a kernel decides; use one of {', '.join(able)}, "
+                    f"or --decode host"
+                )

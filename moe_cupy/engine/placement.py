@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_cupy.cache import ExpertCache, Request, SizeClass, allot, parse_cache
+from moe_cupy.cache import ExpertCache, Geometry, Policy, Request, SizeClass, allot, parse_cache
 from moe_cupy.compiled import POLICIES
 from moe_cupy.device.base import Device
 from moe_cupy.device.memory import free_and_total
@@ -17,6 +17,7 @@ from moe_cupy.plan.rules import CPU, GPU
 from moe_cupy.store import ExpertStore, Layout, open_repacked
 from moe_ref.gguf import GGUFFile
 
+MakePolicy = Callable[[Geometry], Policy]
 AUTO_SHARE_OF_FREE = 0.6  # of free memory that --cache auto takes for experts
 
 
@@ -104,7 +105,7 @@ class CpuPart:
         """As a person reads it."""
         mib = 1 / 2**20
         whole = f"computes {ranges(self.homes)} and" if self.homes else "computes"
-        lines = [f"in RAM       {self.dense_bytes * mib:9.1f} MiB  of the dense part, with the embedding"]
+        lines = [f"in RAM       {self.dense_bytes * mib:9.1f} MiB  of the dense part"]
         if self.experts:
             share = f"{self.slots} slots = {100 * self.slots / self.experts:.0f}% in RAM"
             lines.append(f"CPU experts  {self.routed_bytes * mib:9.1f} MiB  {whole} the {self.experts} experts of "
@@ -173,12 +174,13 @@ def open_store(
 
 def place_experts(
     device: Device, store: ExpertStore, used: int, cache: str, policy: str, in_flight: int,
-    host_slots: Sequence[int] = (),
+    host_slots: Sequence[int] = (), *, make: MakePolicy | None = None,
 ) -> tuple[ExpertMover, str]:  # fmt: skip
     """Allocate the slots; a token uses ``used`` experts of a layer.
 
     ``host_slots`` are the page-locked experts of each class before a device with memory of its own. Raises BudgetError
-    if a budget cannot hold one token's experts, DeviceError if so much cannot be page-locked.
+    if a budget cannot hold one token's experts, DeviceError if so much cannot be page-locked. ``make`` makes the
+    policy of the slots, where another object than the usual one decides by its rule.
     """
     classes = size_classes(store)
     request, reason = cache_request(cache, classes, device.memory()[0])
@@ -186,13 +188,16 @@ def place_experts(
     slots = allot(request, classes, used)
     if not device.is_unified:
         transport = TwoTiers(device, host_tier(device, store, used, host_slots, policy, in_flight))
-    return mover_of(device, store, slots, policy, transport), reason
+    return mover_of(device, store, slots, policy, transport, make), reason
 
 
-def mover_of(device: Device, store: ExpertStore, slots: list[int], policy: str, transport: Transport) -> ExpertMover:
+def mover_of(
+    device: Device, store: ExpertStore, slots: list[int], policy: str, transport: Transport,
+    make: MakePolicy | None = None,
+) -> ExpertMover:  # fmt: skip
     """A mover with so many slots of each class."""
     layout = store.layout
-    cache = ExpertCache(layout.expert_count, layout.class_of_layer, slots, POLICIES[policy])
+    cache = ExpertCache(layout.expert_count, layout.class_of_layer, slots, make or POLICIES[policy])
     return ExpertMover(device, store, cache, transport)
 
 

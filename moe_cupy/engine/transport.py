@@ -6,11 +6,11 @@ never writes into a slot (or slab) before what touched it last is over. ``Arriva
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from moe_cupy.cache import ExpertCache, Pool
+from moe_cupy.cache import ExpertCache, Load, Pool
 from moe_cupy.device.base import Device, DeviceError, Event
 from moe_cupy.device.threads import ThreadEvent
 from moe_cupy.store import ExpertStore
@@ -122,7 +122,15 @@ class HostTier:
                 del self._reading[key]
                 read = read if read.error is not None else None
             return plan.hits[0][1], self.slabs[plan.hits[0][1]], read
-        load = plan.loads[0]
+        return self._read(plan.loads[0], urgency)
+
+    def find_all(self, layer: int, experts: Sequence[int]) -> list[Any]:
+        """The reads that bring those of ``experts`` that are not here, all of which will be here together."""
+        return [self._read(load, DEMAND)[2] for load in self.cache.access(layer, experts).loads]
+
+    def _read(self, load: Load, urgency: int) -> tuple[int, Any, ThreadEvent | None]:
+        """The same of an expert that has to be read."""
+        key = load.key
         memory, last = self.slabs[load.slot], self._left_by.get(load.slot)
         older = self._reading.pop(load.evicted, None) if load.evicted is not None else None
         if older is not None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moe_cupy.engine.split import Split
 from moe_cupy.kernels.matrix import Matrix
@@ -202,11 +201,18 @@ def check_formats(c: ModelConfig, views: Views, split: Split) -> None:
             )
 
 
+def _told(layers: Sequence[Layer]) -> Iterable[Layer]:
+    """The same; shows on stderr how far they are."""
+    from tqdm import tqdm  # here, for gpu-check runs from a source tree with numpy, numba and CuPy
+
+    return tqdm(layers, "loading dense part", unit="layer", leave=False)
+
+
 def load_dense(
     split: Split, file: GGUFFile, config: ModelConfig, views: Views, progress: bool = False
 ) -> DenseWeights:
     """Copy the dense tensors of a checked file to their devices. Raises GGUFError if the file cannot be read."""
-    layers = tqdm(config.layers, "loading dense part", unit="layer", disable=not progress, leave=False)
+    layers = _told(config.layers) if progress else config.layers
     up = _Uploader(split, file, views)
     token_embd = up.matrix("token_embd.weight")
     output_norm, output = up.norm("output_norm"), up.output(token_embd)

@@ -104,13 +104,13 @@ def matrix_cases(rng: np.random.Generator, kind: str) -> Iterator[Case]:
     yield from linear_cases(rng, kind, 3 * block, 37)
     yield heads_case(rng, kind, block, {})
     yield experts_case(rng, kind, block, "silu", False)
-    yield experts_case(rng, kind, block, "silu", False, n_tokens=11)
+    yield experts_case(rng, kind, block, "silu", False, n_tokens=16)
     if kind == "F32":
         yield heads_case(rng, kind, block, {"scale": np.array([0.5, -2, 3], np.float32), "bias": normal(rng, 3, 5)})
         for activation in ACTIVATIONS:
             yield experts_case(rng, kind, block, activation, False)
             yield experts_case(rng, kind, block, activation, True)
-            yield experts_case(rng, kind, block, activation, True, n_tokens=11)
+            yield experts_case(rng, kind, block, activation, True, n_tokens=16)
 
 
 def all_cases(formats: tuple[str, ...], seed: int = 0) -> Iterator[Case]:

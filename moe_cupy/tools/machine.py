@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_cupy.device import missing_for_cuda
 from moe_cupy.device.memory import free_and_total
+from moe_cupy.kernels.host.simd.isa import VARIABLE, chosen, usable
 from moe_cupy.store import RangeFile
 
 MIB = 1 << 20
@@ -82,6 +83,7 @@ def facts(folder: str) -> Iterator[tuple[str, str]]:
     packages = ("numpy", "numba", "llvmlite", "tokenizers")
     yield "packages", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     yield "processor", f"{cpu_name()}, {os.cpu_count()} cores; {cpu_features()}"
+    yield "instructions", f"{chosen().name}, of {', '.join(usable())}; {VARIABLE}=NAME in the environment forces one"
     free, total = (n / 2**30 for n in free_and_total())
     yield "memory", f"{total:.1f} GiB, {free:.1f} free; one-thread copy {memory_gbps():.1f} GB/s (read + write)"
     rate, how = disk_gbps(folder)
@@ -92,11 +94,7 @@ def facts(folder: str) -> Iterator[tuple[str, str]]:
 
 def has_gpu() -> bool:
     """Whether CuPy is here and finds a GPU."""
-    try:
-        import cupy
-    except ImportError:
-        return False
-    return bool(cupy.cuda.is_available())
+    return not missing_for_cuda()
 
 
 def facts_of_gpu() -> Iterator[tuple[str, str]]:

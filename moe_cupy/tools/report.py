@@ -16,7 +16,6 @@ def _figures(s: Stats) -> list[tuple[str, str]]:
     per_token = 1000 / max(1, s.tokens)
     wasted = s.bytes_wasted / max(1, s.tokens)
     share = 100 * s.cache_slots / s.experts if s.experts else 100.0
-    by_cpu = f"{s.cpu_experts} ({s.cpu_misses} read from the file first)"
     return [
         ("experts resident", f"{s.cache_slots} of {s.experts} ({share:.0f}%)"),
         ("cache memory", f"{s.cache_bytes / 2**20:.1f} MiB"),
@@ -26,13 +25,15 @@ def _figures(s: Stats) -> list[tuple[str, str]]:
         ("read per token", f"{s.bytes_per_token / 2**20:.2f} MiB ({wasted / 2**20:.2f} wasted)"),
         ("stall per token", f"{s.stall_us * 1e-6 * per_token:.2f} ms waiting for experts"),
         ("policy, prefetch", f"{s.policy}, {s.prefetch}"),
-        ("experts by the CPU", by_cpu if s.cpu_experts else "none beside the device's"),
     ]
 
 
 def side_by_side(columns: Sequence[tuple[str, Stats]]) -> str:
     """One column of figures for each (heading, stats)."""
     rows = [_figures(stats) for _, stats in columns]
+    if any(stats.cpu_experts for _, stats in columns):
+        for row, (_, s) in zip(rows, columns, strict=True):
+            row.append(("experts by the CPU", f"{s.cpu_experts} ({s.cpu_misses} read from the file first)"))
     cells = [["", *(heading for heading, _ in columns)]]
     cells += [[name, *(row[i][1] for row in rows)] for i, (name, _) in enumerate(rows[0])]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]

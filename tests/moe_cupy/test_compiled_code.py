@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numba
 import pytest
 
 from moe_cupy import numba_cache
@@ -50,6 +52,18 @@ def test_what_numba_keeps_is_removed_where_it_is_cut_short_or_older_than_a_sourc
     os.utime(kept / "old.nbi", (1, 1))
     assert numba_cache.tidy(sources) == [kept / "a.nbi"]
     assert sorted(path.name for path in kept.iterdir()) == ["a.nbc", "a.nbi"]
+
+
+def test_a_run_that_compiles_says_so_and_another_says_nothing():
+    told, silent = io.StringIO(), io.StringIO()
+    with numba_cache.compilation_told(told):
+        numba.njit("i8(i8)")(lambda x: x + 1)
+        time.sleep(0.5)
+    with numba_cache.compilation_told(silent):
+        time.sleep(0.5)
+    first, last = told.getvalue().splitlines()
+    assert first.startswith("compiling host kernels (first run only, about a minute): 1 functions, ")
+    assert last.startswith("compiled host kernels in ") and silent.getvalue() == ""
 
 
 NOWHERE = """

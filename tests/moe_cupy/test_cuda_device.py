@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TESTS
-from fake_cupy import Array, CUDARuntimeError, Cupy
+from fake_cupy import VERSIONS, Array, CUDARuntimeError, Cupy
 
 from moe_cupy.__main__ import main
 from moe_cupy.device import missing_for_cuda, open_device
@@ -194,12 +194,13 @@ def test_without_cupy_one_line_names_the_extra(monkeypatch, capsys, model):
     assert device.name == "host" and "CuPy is not installed" in why
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("driver", "what"), [(0, "no NVIDIA driver"), (12040, "CUDA 12.4 are here, but no GPU")])
-def test_without_a_driver_or_a_gpu_one_line_says_which(monkeypatch, capsys, model, driver, what):
-    monkeypatch.setitem(sys.modules, "cupy", Cupy(driver=driver, gpu=False))
+def test_without_a_driver_or_a_gpu_one_line_says_which(monkeypatch, capsys, model, driver, what, version):
+    monkeypatch.setitem(sys.modules, "cupy", Cupy(driver=driver, gpu=False, version=version))
     assert main(["run", "-m", str(model), "-p", "x", "--device", "cuda"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and what in lines[0]
+    assert len(lines) == 1 and what in lines[0] and (driver or VERSIONS[version] in lines[0])
     with pytest.raises(DeviceError, match=what):
         CudaDevice(sys.modules["cupy"])
 
@@ -221,6 +222,7 @@ def test_the_stand_in_has_the_names_of_cupy_and_cupy_has_those_of_the_stand_in()
     for name in (*vars(fake.cuda), *(f"runtime.{name}" for name in vars(fake.cuda.runtime))):
         assert operator.attrgetter(name)(cupy.cuda) is not None, name
     assert (cupy.cuda.runtime.memcpyDefault, cupy.cuda.runtime.hostAllocPortable) == (4, 1)
+    assert int(cupy.__version__.partition(".")[0]) in VERSIONS, "a version that nobody has looked at"
     for name in ("ndarray", "get_default_memory_pool", "RawModule"):
         assert hasattr(cupy, name), name
     for kind, names in ((cupy.cuda.Stream, "record wait_event synchronize __enter__ begin_capture end_capture"),

@@ -11,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_cupy.cache import Geometry
+from moe_cupy.cache.ranked import POWERS
+from moe_cupy.cache.tabled import RULES
+from moe_cupy.compiled.echo import CompiledEcho
+from moe_cupy.engine.echo_memory import parts
 from moe_cupy.kernels.cuda import launches, sources
 from moe_cupy.kernels.cuda.cases import Case
 from moe_cupy.kernels.cuda.check import all_cases
 from moe_cupy.kernels.cuda.emulation.build import BOUNDS, FAST, RACES, BuildError, Flavour, build, compiler
 from moe_cupy.kernels.cuda.emulation.library import LaunchError, Library, run_program
-from moe_cupy.kernels.cuda.launches import Launch, Pointers, Residency
+from moe_cupy.kernels.cuda.launches import BY_KEY, STATE, Halt, Launch, Pointers, Residency
 
 # The formats differ in how a lane decodes, not in what lanes share.
 FEW_FORMATS = ("F32", "F16", "Q8_0", "Q4_K", "IQ2_S")
@@ -33,14 +38,20 @@ def needs_a_compiler() -> None:
 
 
 def other_launches() -> Iterator[Launch]:
-    """Three events of a pool of 5 slots: kernels whose expectation is in other tests."""
-    state, last_use = np.zeros(6, np.int32), np.zeros(5, np.int32)
-    r = Residency(state, np.full(12, -1, np.int32), np.full(5, -1, np.int32), last_use)
+    """Three events of a pool of 5 slots under each rule: kernels whose expectation is in other tests."""
     held, experts = (Pointers([np.zeros(70, np.uint8) for _ in range(n)]) for n in (5, 12))
-    for ids in ([3, 1, 4], [1, 5, 9], [2, 6, 4]):
-        got, loads = np.zeros(3, np.int32), (np.zeros(3, np.int32), np.zeros(3, np.int32))
-        yield launches.resolve(got, loads, np.array(ids, np.int32), r, 0, block=64)
-        yield launches.fill(held, experts, loads, state, 70, blocks=2, block=32)
+    echo = parts(CompiledEcho(Geometry(5, 1, 12)))
+    for number, echo_or_none in [(rule.number, None) for rule in RULES.values()] + [(0, echo)]:
+        by_key, state = np.zeros((12, len(BY_KEY)), np.int64), np.zeros(len(STATE), np.int64)
+        by_key[:, 0] = -1
+        r = Residency(state, by_key, np.full(5, -1, np.int32), np.array(POWERS, np.int64), number, echo_or_none)
+        halt = Halt(np.arange(12).astype(np.uint64) // 11, np.zeros(4, np.int32), np.zeros(50, np.int32))
+        for ids in ([3, 1, 4], [1, 5, 9], [2, 6, 4]):
+            got, loads, ahead = np.zeros(3, np.int32), np.zeros(10, np.int32), np.zeros(10, np.int32)
+            yield launches.resolve(got, loads, np.array(ids, np.int32), r, 0, 12, ahead=ahead, block=64)
+            yield launches.fill(held, experts, loads, 70, blocks=2, block=32)
+            yield launches.resolve_ahead(ahead, np.array(ids, np.int32) + 1, r, 0, 2, block=64)
+        yield launches.resolve(got, loads, np.array([2, 3, 4], np.int32), r, 0, 12, halt=halt, block=64)
 
 
 def few_of_each(cases: Iterable[Case], most: int) -> list[Case]:

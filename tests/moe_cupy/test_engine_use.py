@@ -71,5 +71,3 @@ def test_a_bound_on_host_memory_that_cannot_hold_is_told(model):
         assert "--host-cache 50% has no effect" in engine.device_reason
     with Engine(model) as engine:
         assert "--host-cache" not in engine.device_reason
-    with pytest.raises(ValueError, match="leave out --host-cache"):
-        Engine(model, decode="device", host_cache="50%")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_cupy import Cupy
+from fake_cupy import CUDARuntimeError, Cupy
 
 from moe_cupy.__main__ import main
 from moe_cupy.device import open_device
@@ -217,7 +217,7 @@ def test_the_sanitizer_is_run_where_there_is_one(monkeypatch, tmp_path):
 def test_the_facts_of_a_gpu(monkeypatch, tmp_path):
     runtime = SimpleNamespace(
         getDeviceProperties=lambda _: PROPERTIES, driverGetVersion=lambda: 13020, runtimeGetVersion=lambda: 12090,
-        deviceGetPCIBusId=lambda _: "0000:0A:00.0",
+        deviceGetPCIBusId=lambda _: "0000:0A:00.0", CUDARuntimeError=CUDARuntimeError,
     )  # fmt: skip
     cuda = SimpleNamespace(is_available=lambda: True, runtime=runtime)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, __version__="14"))
@@ -243,7 +243,8 @@ def test_doctor_tests_the_kernels_of_the_gpu_too(emulated, monkeypatch, capsys, 
     monkeypatch.setattr(check, "check_ops", a_few)
     assert main(["doctor", "--folder", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert all(words in said for words in ("Card, compute 12.0", "kernels of the host device", "of the cuda device"))
+    expected = ("Card, compute 12.0", "kernels of the host device", "of the cuda device", "MOE_CUPY_SIMD=NAME")
+    assert all(words in said for words in expected)
     assert [name for name, _ in asked] == ["host", "cuda"] and "IQ2_XS" in asked[1][1] and "WRONG" not in said
 
 

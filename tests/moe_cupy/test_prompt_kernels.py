@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +100,25 @@ def test_experts_with_biases_and_weighted_inputs_round_as_the_reference(name, ca
 
 @pytest.mark.parametrize("name", ["gpt-oss", "llama4", "granitemoe"])
 def test_experts_of_exact_prompts_go_by_tiles_too(name):
-    path, tokens = golden(name), np.random.default_rng(2).integers(0, 384, 20)
+    path, tokens = golden(name), np.random.default_rng(2).integers(0, 384, 64)
     want, device = Model(path).logits(tokens), RecordingDevice("f32")
     with Engine(path, _device=device, cache="100%") as engine:
         got = engine.logits(tokens)
     assert "gemm_float" in device.bases() and not {"expert_gate_up", "expert_down"} & device.bases()
     assert np.abs(got - want).max() <= 1e-3 * max(1, want.std()) and np.array_equal(got.argmax(1), want.argmax(1))
+
+
+@pytest.mark.parametrize(("act", "pairs", "experts"), [("q8", 2, 31), ("f32", 8, 7)])
+def test_experts_with_few_tokens_each_go_row_by_row(tmp_path, act, pairs, experts):
+    """A tile costs what 32 vectors cost; what an expert has on average decides, not what is resident."""
+    path = tiny_moe(tmp_path / "m.gguf", replace(ODD, experts=experts, expert_types=(("Q4_0", "Q4_0", "Q8_0"),)))
+    for tokens in (np.arange((pairs + 1) * experts), np.arange(8)):
+        went = []
+        for cache in ("100%", "slots:2"):
+            device, crowds = RecordingDevice(act), []
+            with Engine(path, _device=device, cache=cache) as engine:
+                engine.forward.observe = lambda _, r, all=crowds: all.append(r.ids.size / len(np.unique(r.ids)))
+                engine.logits(tokens)
+            went.append("group_by_expert" in device.bases())
+            assert went[-1] == any(crowd >= pairs for crowd in crowds), crowds
+        assert went == [len(tokens) > 8] * 2

@@ -26,15 +26,18 @@ from moe_cupy.plan.rules import CPU, GPU, cpu_moe, n_cpu_moe, parse_overrides
 from moe_ref.gguf import open_gguf
 from moe_ref.model import Model
 from moe_ref.quants import FormatError
-from tests.models import Shape, tiny_moe
+from tests.gguf_writer import write_gguf
+from tests.models import Shape, metadata, tensors, tiny_moe
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here: the emulated device needs it")
 
 GOLDEN, BUNDLED = SHARED / "data/golden", TESTS / "data/archs"
 FILES = [*sorted(BUNDLED.glob("*.gguf")), *sorted(GOLDEN.glob("archs/*.gguf")), *sorted(GOLDEN.glob("quants/*.gguf"))]
-QUICK = ("deepseek-v2.BF16", "qwen35moe.BF16", "gpt-oss.MXFP4_MOE", "gemma4moe.BF16", "qwen3moe-256.Q4_K_M")
+QUICK = ("deepseek-v2.BF16", "gpt-oss.MXFP4_MOE", "qwen35moe.BF16", "gemma4moe.BF16", "qwen3moe-256.Q4_K_M")
 TOKENS = np.arange(3, 12)
 MODEL = BUNDLED / "deepseek-v2.BF16.gguf"  # three layers: a dense one, two with 8 experts of which 3 are used
+STRICT = [BUNDLED / "glm4moe.BF16.gguf", GOLDEN / "archs/gpt-oss.MXFP4_MOE.gguf"]  # the latter's experts have biases
+SOME = "--cpu-moe", "-ngl 2", "half of everything"
 ODD = "all of attention", "experts on the GPU alone", "half of everything"
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
@@ -49,12 +52,6 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     ODD[1]: {"n_gpu_layers": 0, "overrides": "exps=CUDA0,token_embd=CUDA0"},
     ODD[2]: {"n_gpu_layers": 3, "overrides": r"attn_(q|k|v)=CPU,ffn_(up|down)\.=CUDA0,shexp=CUDA0,output=CPU,norm=CPU"},
 }
-
-
-def files(names: tuple[str, ...]) -> list[Any]:
-    """Every file, all but the named ones slow."""
-    slow = pytest.mark.slow
-    return [pytest.param(p, id=p.stem, marks=() if p.name.removesuffix(".gguf") in names else slow) for p in FILES]
 
 
 def stepped(engine: Engine, tokens: np.ndarray) -> np.ndarray:
@@ -79,8 +76,19 @@ def cpu_layers(path: Path, options: dict[str, Any]) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("options", PLACEMENTS.values(), ids=PLACEMENTS)
-@pytest.mark.parametrize("path", files(QUICK))
+def cases() -> list[Any]:
+    """Every placement of every file, most of them slow."""
+    made = []
+    for path in FILES:
+        name = path.name.removesuffix(".gguf")
+        for placement, options in PLACEMENTS.items():
+            is_quick = name in QUICK[:2] or (name in QUICK and placement in SOME)
+            slow = () if is_quick else pytest.mark.slow
+            made.append(pytest.param(path, options, id=f"{name} {placement}", marks=slow))
+    return made
+
+
+@pytest.mark.parametrize(("path", "options"), cases())
 def test_every_placement_gives_the_tokens_of_the_reference_and_moves_what_it_says(path, options):
     """Within the tolerance of a whole model (DESIGN section 5); what the CPU computed is counted."""
     want = Model(path).logits(TOKENS)
@@ -132,15 +140,29 @@ def test_the_device_launches_nothing_of_what_the_cpu_has():
 
 
 @pytest.mark.parametrize("options", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_neither_side_touches_the_memory_of_the_other(options):
+@pytest.mark.parametrize("path", [path for path in STRICT if path.is_file()], ids=lambda path: path.stem)
+def test_neither_side_touches_the_memory_of_the_other(path, options):
     """The stand-in's arrays refuse NumPy, and its kernels take nothing else; the bits are the emulated device's."""
-    path = BUNDLED / "glm4moe.BF16.gguf"
     with Engine(path, device="emulated", **options) as engine:
         want, homes = engine.logits(TOKENS), engine.split.homes
     with Engine(path, _device=CudaDevice(Cupy()), **options) as engine:
         assert np.array_equal(engine.logits(TOKENS), want)
         for layer, home in enumerate(homes[:-1]):
             assert all(isinstance(part, Array if home == GPU else np.ndarray) for part in engine.kv.layer(layer))
+
+
+def test_a_product_of_heads_abroad_leaves_what_it_does_not_compute_as_it_is():
+    """attn_k_b fills the first features of each head; the rotated ones behind them are somebody else's."""
+    with Engine(MODEL, device="emulated", overrides="attn_k_b=CPU") as engine:
+        half, c = engine.forward.halves[GPU], engine.config
+        half.begin(TOKENS[:2], engine.kv)
+        linear, layer = engine.weights.layers[0].linears["attn_k_b"], c.layers[0]
+        rank, rotated = c.mla.kv_lora_rank, layer.rope.n_rot
+        x, out = (engine.device.array((2, layer.head_count, n), np.float32) for n in (layer.key_length, rank + rotated))
+        x[...], out[...] = 0.5, 7
+        half.run.product("linear_heads", x, out, linear)
+        half.settle()
+        assert linear.away and (out[..., rank:] == 7).all() and not (out[..., :rank] == 7).any()
 
 
 # Order: what the host reads is there
@@ -324,6 +346,16 @@ def test_the_bytes_on_each_side_are_those_of_the_file(options):
                 is_here = split.placement.device[t.name] == at
                 wanted += t.nbytes * ("_exps." not in t.name and (is_here or is_copied))
             assert engine.weights.nbytes[at] == wanted
+
+
+def test_ngl_counts_a_layer_behind_the_trunk_as_llama_cpp_does(tmp_path):
+    """Of four layers the last predicts further tokens: -ngl 2 is the output and that one, -ngl 3 the first of ours."""
+    shape = Shape(layers=4, experts=8, used=2)
+    keys = metadata(shape) | {"qwen3moe.nextn_predict_layers": 1}
+    write_gguf(tmp_path / "m.gguf", keys, tensors(shape, 3))
+    for n, homes in ((1, (CPU, CPU, CPU, GPU)), (2, (CPU, CPU, CPU, GPU)), (3, (CPU, CPU, GPU, GPU))):
+        with Engine(tmp_path / "m.gguf", device="emulated", n_gpu_layers=n) as engine:
+            assert engine.split.homes == homes
 
 
 # What cannot be done

@@ -1,19 +1,22 @@
 """Two tiers: no slot or slab is overwritten under a reader, no kernel runs before its copy, demand goes first.
 
-Real concurrency on the emulated device: copies and kernels are slowed down, and each checks what it reads. The order
-of calls is checked besides on the stand-in for CuPy, whose log holds all waits. Planted bugs must be found by both.
+On the emulated device under a scheduler (tests/adversary.py) that delays every stream, worker or the host to the last
+moment which the events allow, in all orders: each kernel looks at what it reads. The order of calls is checked besides
+on the stand-in for CuPy, whose log holds all waits. Planted bugs must be found by both, every time.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 import shutil
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from adversary import COMPUTE, COPY, GIVE, HOST, LANES, READ, AdversarialDevice, Job, Order
 from fake_cupy import Cupy
 
 from moe_cupy.device.cuda import CudaDevice
@@ -40,15 +43,19 @@ def want(model) -> np.ndarray:
 
 
 class Watch:
-    """Slows copies into slots and the kernels that read them, and looks, before and after, at what they read."""
+    """Looks at what the kernels of experts read when they run, and at which copies are behind which."""
 
-    def __init__(self, engine: Engine, delay: float = 0.002):
-        self.engine, self.delay, self.wrong, self.kernels, self.copies = engine, delay, [], 0, 0
+    def __init__(self, engine: Engine):
+        self.engine, self.wrong, self.kernels = engine, list[str](), 0
         self.device: Any = engine.device
         self.meant: list[tuple[Any, np.ndarray]] = []  # of the op whose launches are being made
+        self.waiting: list[int] = []  # urgencies of the copies that were given to the stream and are not done
+        self.copies, self.most_before_demand = 0, 0
         self._run, self._copy, self._launch = self.device.run, self.device.copy_async, engine.forward._launch
         self.device.run, self.device.copy_async, engine.forward._launch = self.run, self.copy, self.launch
         self.slots = [memory.ctypes.data for memory in engine.mover._slots]
+        self.giver = next(q for q in self.device._queues if q is engine.mover.transport._queue)
+        self.giver.released = self.released
 
     def launch(self, op: str, **buffers: Any) -> None:
         self.meant = [(w, self.bytes_of(w)) for w in buffers["down"]] if op == "experts" else []
@@ -67,44 +74,72 @@ class Watch:
         return [pair for pool in self.engine.mover.cache.pools for pair in pool.slot_of.items()]
 
     def run(self, launch: Launch, stream: Any) -> None:
-        meant = self.meant if launch.kernel.startswith("expert_down") else []
-        stream.run(lambda: self.look(meant, launch.kernel, "before"))
-        self._run(launch, stream)
+        meant = self.meant if launch.kernel.startswith(("expert_", "gemm")) else []
         if meant:
-            stream.run(lambda: time.sleep(self.delay))
-            stream.run(lambda: self.look(meant, launch.kernel, "after"))
             self.kernels += 1
+            stream.run(lambda: self.look(meant, launch.kernel))
+        self._run(launch, stream)
 
-    def look(self, meant: Any, kernel: str, when: str) -> None:
-        self.wrong += [(kernel, when) for w, expected in meant if not np.array_equal(w.data, expected)]
+    def look(self, meant: Any, kernel: str) -> None:
+        self.wrong += [kernel for w, expected in meant if not np.array_equal(w.data, expected)]
 
     def copy(self, dst: Any, src: Any, stream: Any) -> None:
         if dst.ctypes.data not in self.slots:
             self._copy(dst, src, stream)
             return
         self.copies += 1
-        before: list[np.ndarray] = []
-        stream.run(lambda: before.append(src.copy()))
-        stream.run(lambda: time.sleep(self.delay))
+        self.waiting.append(self.giver.running.urgency)
         self._copy(dst, src, stream)
-        stream.run(lambda: np.array_equal(before[0], src) or self.wrong.append(("copy", "slab changed")))
+        stream.run(lambda: self.waiting.pop(0))
+
+    def released(self, job: Job) -> None:
+        """How many prefetched slabs are before a demand load that may begin now."""
+        if job.urgency == DEMAND:
+            self.most_before_demand = max(self.most_before_demand, self.waiting.count(PREFETCH))
 
 
-def watched(model: Path, plant: Any = None, **options: Any) -> tuple[Watch, np.ndarray]:
+def watched(model: Path, order: Order, plant: Any = None, **options: Any) -> tuple[Watch, np.ndarray]:
+    """A prompt and some single tokens under one order."""
     options = {"cache": "slots:3", "host_cache": "slots:3", "prefetch": "next-gate", **options}
-    with Engine(model, device="emulated", **options) as engine:
+    with Engine(model, _device=AdversarialDevice(order), **options) as engine:
         watch = Watch(engine)
         if plant is not None:
             plant(engine)
-        return watch, engine.logits(TOKENS)
+        logits = engine.logits(TOKENS)
+        engine.reset()
+        for token in TOKENS[:4]:
+            engine.decode(int(token))
+        return watch, logits
 
 
-@pytest.mark.parametrize(("slots", "slabs"), [(2, 2), (3, 2), (3, 5), (5, 3)])
-def test_nothing_is_overwritten_while_it_is_read_and_nothing_read_before_it_is_there(model, want, slots, slabs):
-    watch, got = watched(model, cache=f"slots:{slots}", host_cache=f"slots:{slabs}")
-    assert watch.kernels >= 6 and watch.copies > slots, "or nothing was tested"
-    assert watch.wrong == []
-    assert np.array_equal(got, want)
+HOST_FIRST = [(HOST, *rest) for rest in itertools.permutations((COMPUTE, COPY, READ, GIVE))]
+
+
+def check(model: Path, want: np.ndarray, order: Order, **options: Any) -> None:
+    watch, got = watched(model, order, **options)
+    assert watch.kernels >= 6 and watch.copies > 3, "or nothing was tested"
+    assert watch.wrong == [] and np.array_equal(got, want), order
+    assert watch.most_before_demand <= 1
+
+
+def test_nothing_is_overwritten_before_it_was_read_and_nothing_read_before_it_is_there(model, want):
+    """The host runs as far ahead as it can; all orders of the others."""
+    for order in HOST_FIRST:
+        check(model, want, order)
+
+
+@pytest.mark.parametrize(("slots", "slabs"), [(2, 2), (3, 2), (5, 3)])
+def test_nor_with_other_sizes_in_random_orders(model, want, slots, slabs):
+    for seed in range(6):
+        check(model, want, random.Random(seed), cache=f"slots:{slots}", host_cache=f"slots:{slabs}")
+
+
+@pytest.mark.slow
+def test_nor_in_any_order_at_all(model, want):
+    for order in itertools.permutations(LANES):
+        check(model, want, order)
+    for seed in range(100):
+        check(model, want, random.Random(seed))
 
 
 def no_kernel_waits(engine: Engine) -> None:
@@ -125,12 +160,20 @@ def copies_do_not_wait_for_reads(engine: Engine) -> None:
     tier.find = lambda key, urgency: (*find(key, urgency)[:2], None)
 
 
-PLANTED = [no_kernel_waits, copies_do_not_wait_for_kernels, reads_do_not_wait_for_copies, copies_do_not_wait_for_reads]
+# Each with the order that shows it: what comes too early first, what it should have waited for last.
+PLANTED = {
+    no_kernel_waits: (HOST, COMPUTE, READ, GIVE, COPY),
+    copies_do_not_wait_for_kernels: (HOST, READ, GIVE, COPY, COMPUTE),
+    reads_do_not_wait_for_copies: (HOST, READ, GIVE, COMPUTE, COPY),
+    copies_do_not_wait_for_reads: (HOST, GIVE, COPY, COMPUTE, READ),
+}
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda f: f.__name__)
 def test_a_missing_wait_is_seen(model, plant):
-    assert any(watched(model, plant)[0].wrong for _ in range(3))
+    """A schedule is a function of its order: what is seen once is seen always."""
+    first, second = (watched(model, PLANTED[plant], plant)[0].wrong for _ in range(2))
+    assert first and first == second
 
 
 # The order of calls, on the stand-in for CuPy
@@ -193,7 +236,7 @@ def test_events_order_every_copy_into_a_slot_and_every_kernel_that_reads_it(mode
     assert count > 20 and wrong == []
 
 
-@pytest.mark.parametrize("plant", PLANTED[:2], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("plant", list(PLANTED)[:2], ids=lambda f: f.__name__)
 def test_the_log_shows_a_missing_wait(model, plant):
     assert unordered(model, plant)[1]
 
@@ -201,37 +244,51 @@ def test_the_log_shows_a_missing_wait(model, plant):
 # Demand before prefetch
 
 
-def test_a_demand_load_is_behind_at_most_one_prefetched_slab(model):
-    """Prefetches are asked for first, all of them; the demand load is copied second at the latest."""
+def before_demand(model: Path) -> int:
+    """Of 6 prefetches asked for before a demand load, how many are copied before it, if the copy stream dawdles."""
     copied: list[Any] = []
-    with Engine(model, device="emulated", cache="100%", host_cache="100%") as engine:
-        transport, device = engine.mover.transport, engine.device
-        slots = engine.mover._slots
+    with Engine(model, _device=AdversarialDevice(LANES[1:]), cache="100%", host_cache="100%") as engine:
+        transport, device, slots = engine.mover.transport, engine.device, engine.mover.slots
         for key in range(8):  # all of them page-locked already
             transport.tier.find(key, DEMAND)[2].synchronize()
         real = device.copy_async
-
-        def slow(dst: Any, src: Any, stream: Any) -> None:
-            copied.append(dst.ctypes.data)
-            stream.run(lambda: time.sleep(0.02))
-            real(dst, src, stream)
-
-        device.copy_async = slow
+        device.copy_async = lambda dst, src, stream: (copied.append(dst.ctypes.data), real(dst, src, stream))
+        device.baton.order = (READ, GIVE, HOST, COMPUTE, COPY)  # workers do what they can before the host goes on
         arrivals = [transport.start(key, slots[key], PREFETCH, None) for key in range(6)]
-        time.sleep(0.005)
         arrivals.append(transport.start(6, slots[6], DEMAND, None))
         transport.promote(arrivals[5], DEMAND)
         for arrival in arrivals:
             arrival.synchronize()
     order = [next(i for i, slot in enumerate(slots) if slot.ctypes.data == at) for at in copied]
-    assert order[0] == 0 and order.index(6) <= 2 and order.index(5) <= 2, order
+    assert sorted(order) == list(range(7)) and order.index(5) < order.index(1), "one that is joined goes before others"
+    return sum(key != 5 for key in order[: order.index(6)])
+
+
+def test_a_demand_load_is_behind_at_most_one_prefetched_slab(model):
+    """And in every schedule above: ``most_before_demand``."""
+    assert before_demand(model) == 1
 
 
 def test_without_that_rule_a_demand_load_waits_for_all_prefetches(model, monkeypatch):
     """The planted bug: a worker that does not wait for its prefetches fills the copy stream with them."""
     monkeypatch.setattr("moe_cupy.engine.transport.PREFETCH", -1)
-    with pytest.raises(AssertionError):
-        test_a_demand_load_is_behind_at_most_one_prefetched_slab(model)
+    with pytest.raises(AssertionError, match="one that is joined"):
+        before_demand(model)
+
+
+def test_nor_does_it_hold_in_a_whole_engine(model, monkeypatch):
+    monkeypatch.setattr("moe_cupy.engine.transport.PREFETCH", -1)
+    watch, _ = watched(model, (HOST, READ, GIVE, COMPUTE, COPY), cache="slots:12", host_cache="slots:24")
+    assert watch.most_before_demand > 1
+
+
+def test_a_wait_for_nothing_is_told():
+    device = AdversarialDevice(LANES)
+    stream, never = device.stream("compute"), ThreadEvent()
+    stream.wait(never, "")
+    with pytest.raises(AssertionError, match="waits for what nothing will do"):
+        stream.record().synchronize()
+    device.close()
 
 
 def test_a_failed_read_is_told_to_whoever_waits_and_is_read_again(model, want, monkeypatch):

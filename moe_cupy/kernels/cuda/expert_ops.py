@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.kernels.cuda import launches as to
-from moe_cupy.kernels.cuda.choice import product_variant
+from moe_cupy.kernels.cuda.choice import pays_tiles, product_variant
 from moe_cupy.kernels.cuda.launches import Slots
 from moe_cupy.kernels.cuda.ops import (
     MANY_TOKENS,
@@ -34,9 +34,9 @@ def experts(
 ) -> Launches:  # fmt: skip
     """All wanted experts at once, by the addresses of their matrices; ``on_host`` are the ids where Python sees them.
 
-    Of few tokens, each pair of token and rank is summed for itself and added to what the ``first`` launch of an event
-    left there, which is zero; of many, a matrix is read once for 32 of its pairs, and only they are written
-    (``by_expert``). Either way it does not matter over how many launches the experts are spread.
+    Where an expert has few tokens, each pair of token and rank is summed for itself and added to what the ``first``
+    launch of an event left there, which is zero; where it has many, a matrix is read once for 32 of its pairs, and only
+    they are written (``by_expert``). Either way it does not matter over how many launches the experts are spread.
     """
     (t, used, width), like = parts.shape, (gate[0], up[0], down[0])
     tables, slot_of = tables_of(work, (gate, up, down), on_host, wanted)
@@ -44,8 +44,10 @@ def experts(
     if t >= MANY_TOKENS:
         tokens_of = np.bincount(on_host.ravel(), minlength=wanted.max() + 1)
         crowd = int(tokens_of[wanted].max()), on_host.size / np.count_nonzero(tokens_of)
-        yield from by_expert(work, h, x, (tables, slot_of, ids), crowd, like, activation, extra, parts)
-        return
+        if pays_tiles(all(is_rounded(work, w.type) for w in like), crowd[1]):
+            how = {"activation": activation, "extra": extra, "parts": parts}
+            yield from by_expert(work, h, x, (tables, slot_of, ids), crowd, like, **how)
+            return
     inner = gate_up if gate[0].type == up[0].type else gate_then_up
     yield from inner(work, h, x, (tables, slot_of, ids), like[:2], activation, extra)
     pairs, (factor, bias) = t * used, extra[0]["down"]
@@ -63,7 +65,7 @@ def extra_of(scales: Any, biases: Any, weights: Any) -> Extra:
 
 def by_expert(
     work: Workspace, h: Any, x: Any, where: tuple[Any, Any, Any], crowd: tuple[int, float],
-    like: tuple[Matrix, Matrix, Matrix], activation: str, extra: Extra, parts: Any,
+    like: tuple[Matrix, Matrix, Matrix], *, activation: str, extra: Extra, parts: Any,
 ) -> Launches:  # fmt: skip
     """The wanted pairs of parts [T, used, D], sorted by expert, by tiles of 32; the others are left alone.
 
@@ -91,25 +93,18 @@ def by_expert(
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Experts of one size class under a cache on the device: see resolve.cu and fill.cu."""
+    """Experts of one size class in slots that the device knows by number."""
 
-    lru: to.Residency
-    slot_at: Any  # uint64 [slots]: where slots begin
-    source_of: Any  # uint64 [keys]: where experts lie in host memory
     tables: Mapping[str, Any]  # uint64 [slots] of "gate", "up", "down": where the matrices begin
     like: Mapping[str, Matrix]  # their types and shapes
-    slab_bytes: int
 
 
 def resident_experts(
-    work: Workspace, x: Any, ids: Any, resident: Resident, first_key: int, *, parts: Any, activation: str = "silu",
+    work: Workspace, x: Any, ids: Any, slots: Any, resident: Resident, *, parts: Any, activation: str = "silu",
     weights: Any = None, scales: Any = None, biases: Any = None,
 ) -> Launches:  # fmt: skip
-    """The experts ids [1, k] of one token into parts [1, k, D], brought into slots where they are not there."""
+    """The experts ids [1, k] of one token, which are in ``slots`` [k], into parts [1, k, D]; zero where that is -1."""
     _, used, width = parts.shape
-    slots, loads = work.scratch("slots", used, dtype=np.int32), work.scratch("loads", 2, used, dtype=np.int32)
-    yield to.resolve(slots, (loads[0], loads[1]), ids, resident.lru, first_key)
-    yield to.fill(resident.slot_at, resident.source_of, (loads[0], loads[1]), resident.lru.state, resident.slab_bytes)
     like, extra = resident.like, extra_of(scales, biases, weights)
     h, tables = work.scratch("inner", 1, used, like["gate"].rows), resident.tables
     inner = gate_up if like["gate"].type == like["up"].type else gate_then_up

@@ -40,7 +40,8 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "attention_prefill": (128, 4 * (4 * 160 + 32 * 129 + 32 * 128)), "delta_recur": (128, 4 * (34 * 128 + 128)),
     "embed": (32, 0), "gemm": (128, 4864), "gemm_mma": (128, 4864),
     "gemm_pipelined": (128, 9728), "gemm_float": (128, 12288), "top_k": (256, 4 * 4096 + 64),
-    "group_by_expert": (128, 516), "hadamard": (64, 512), "resolve": (128, 32),
+    "group_by_expert": (128, 516), "hadamard": (64, 512), "resolve": (128, 96),
+    "resolve_ahead": (128, 96), "resolve_echo": (128, 80), "resolve_echo_ahead": (128, 80),
     "rms_norm": (128, 16), "router": (32, 1036), "fill": (256, 0), "add_scaled": (256, 0), "multiply": (256, 0),
     "activate": (256, 0), "softcap": (256, 0), "clamp": (256, 0), "combine": (256, 0),
 }  # fmt: skip

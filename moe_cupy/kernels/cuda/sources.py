@@ -20,6 +20,9 @@ HEADERS = tuple(
     f"{name}.cuh" for name in "prelude formats kformats gridformats rows tiles activation attention".split()
 )
 
+# Prepended besides to some files.
+HEADERS_OF = {"resolve": ("pool.cuh",), "resolve_echo": ("pool.cuh", "echo.cuh")}
+
 PLAIN_FORMATS = ("F32", "F16", "BF16")
 GRID_FORMATS = tuple("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0".split())  # gridformats.cuh
 BLOCK_FORMATS = (
@@ -85,10 +88,10 @@ def text_of(stem: str, folder: Path = HERE) -> str:
     return (folder / f"{stem}.cu").read_text("utf-8")
 
 
-def headers(formats: Iterable[str], folder: Path = HERE) -> Iterator[tuple[Path, str]]:
-    """(header, text that goes before it) of all that units of these formats need; codebooks are text alone."""
+def headers(stem: str, formats: Iterable[str], folder: Path = HERE) -> Iterator[tuple[Path, str]]:
+    """(header, text that goes before it) of all that a file's units of these formats need; codebooks are text alone."""
     with_grids = not set(GRID_FORMATS).isdisjoint(formats)
-    for name in HEADERS:
+    for name in (*HEADERS, *HEADERS_OF.get(stem, ())):
         if name != GRIDS:
             yield folder / name, ""
         elif with_grids:
@@ -97,7 +100,7 @@ def headers(formats: Iterable[str], folder: Path = HERE) -> Iterator[tuple[Path,
 
 def program(unit: Unit, folder: Path = HERE) -> str:
     """All the text that a compiler needs for one unit, headers first; no file is included."""
-    before = [text + path.read_text("utf-8") for path, text in headers([unit.format], folder)]
+    before = [text + path.read_text("utf-8") for path, text in headers(unit.stem, [unit.format], folder)]
     defines = [f"#define {name} {value}" for name, value in unit.defines.items()]
     return "\n".join([*before, *defines, text_of(unit.stem, folder)])
 

@@ -104,7 +104,7 @@ class NVRTC:
 def whole_program(stem: str, folder: Path = sources.HERE) -> str:
     """The text of all units of a file as one program, a namespace for each format."""
     formats = [unit.format for unit in sources.units(stem)]
-    parts = [text + path.read_text("utf-8") for path, text in sources.headers(formats, folder)]
+    parts = [text + path.read_text("utf-8") for path, text in sources.headers(stem, formats, folder)]
     for unit in sources.units(stem):
         parts += [f"#define {name} {value}" for name, value in unit.defines.items()]
         parts += [f"namespace unit_{unit.format} {{", sources.text_of(stem, folder), "}"]

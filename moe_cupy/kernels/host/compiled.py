@@ -1,4 +1,4 @@
-"""What Numba has compiled and kept on disk, asked without importing the kernels (importing compiles)."""
+"""What Numba has compiled and kept on disk, tidied without importing the kernels (importing compiles)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from pathlib import Path
 from moe_cupy.numba_cache import tidy
 
 HERE = Path(__file__).parent
-
-
-def first_run() -> bool:
-    """True if Numba keeps none of the kernels, so that the next import takes a minute."""
-    return not tidy(HERE)
 
 
 def forget_stale() -> None:

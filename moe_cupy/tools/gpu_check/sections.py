@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.cache import BudgetError, ExpertCache
-from moe_cupy.cache.policies import LRU
+from moe_cupy.cache import POLICIES, BudgetError, ExpertCache, Geometry
+from moe_cupy.cache.ranked import POWERS
+from moe_cupy.cache.tabled import RULES
+from moe_cupy.compiled.echo import CompiledEcho
+from moe_cupy.engine.echo_memory import parts as echo_parts
 from moe_cupy.kernels.cuda import launches, sources
 from moe_cupy.kernels.cuda.check import all_cases
-from moe_cupy.kernels.cuda.launches import Pointers, Residency
+from moe_cupy.kernels.cuda.launches import BY_KEY, STATE, Pointers, Residency
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.samples import normal
 from moe_cupy.tools.gpu_check import speed
@@ -26,6 +29,8 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
 CASE_BLOCKS = (128, 256)
 TOLERANCE = 1e-3  # times max(1, std of the logits), as for the reference against llama.cpp
+EVENTS, POOL = 60, 9  # of the check of the pools on the device
+GEOMETRY = Geometry(POOL, 3, 12)
 WAYS = ("host", "device")  # who drives the decoding, in the route-replay section
 
 
@@ -49,28 +54,47 @@ def kernels(bench: Workbench) -> Iterator[Row]:
             yield {"name": f"{case.label}, blocks of {block}", "kernels": names, "share": share, "ok": share <= 1}
 
 
-def pool_rows(bench: Workbench, slots: int = 9, count: int = 40) -> Iterator[Row]:
-    """resolve and fill against the LRU cache of moe_cupy/cache, event by event: slots, loads and bytes."""
-    rng = np.random.default_rng(7)
-    cache = ExpertCache(12, (0, 0, 0), (slots,), LRU)
-    state, slot_of, key_of, last_use = (np.full(n, -1, np.int32) for n in (6, 36, slots, slots))
-    state[:], last_use[:] = 0, 0
-    r = Residency(state, slot_of, key_of, last_use)
+def pool_rows(bench: Workbench) -> Iterator[Row]:
+    """resolve, resolve_ahead and fill against the caches of moe_cupy/cache, event by event: slots, loads and bytes."""
+    for name in (*RULES, "echo"):
+        wrong, label = wrong_events(bench, name), f"{EVENTS} events of a pool of {POOL} under {name}"
+        kind = "resolve_echo" if name == "echo" else "resolve"
+        names = ["fill", kind, f"{kind}_ahead"]
+        yield {"name": label, "kernels": names, "share": float(wrong), "ok": not wrong}
+
+
+def empty_pool(policy: str) -> Residency:
+    """A pool on the device as it begins."""
+    by_key, state = np.zeros((36, len(BY_KEY)), np.int64), np.zeros(len(STATE), np.int64)
+    by_key[:, 0], state[2] = -1, -1
+    number, echo = (0, echo_parts(CompiledEcho(GEOMETRY))) if policy == "echo" else (RULES[policy].number, None)
+    return Residency(state, by_key, np.full(POOL, -1, np.int32), np.array(POWERS, np.int64), number, echo)
+
+
+def wrong_events(bench: Workbench, policy: str) -> int:
+    """How many of some events of 4 of 12 experts in 3 layers, with 4 fetched ahead, are not as the cache says."""
+    rng, r = np.random.default_rng(7), empty_pool(policy)
+    cache = ExpertCache(12, (0, 0, 0), (POOL,), POLICIES[policy])
     experts = [rng.integers(0, 256, 80, dtype=np.uint8) for _ in range(36)]
-    held = [np.zeros(80, np.uint8) for _ in range(slots)]
+    held = [np.zeros(80, np.uint8) for _ in range(POOL)]
     wrong = 0
-    for event in range(count):
-        layer, ids = event % 3, rng.choice(12, 4, replace=False).astype(np.int32)
-        got, loads = np.zeros(4, np.int32), (np.zeros(4, np.int32), np.zeros(4, np.int32))
-        bench.run(launches.resolve(got, loads, ids, r, 12 * layer))
-        bench.run(launches.fill(Pointers(held), Pointers(experts), loads, r.state, 80))
+    for event in range(EVENTS):
+        layer, (ids, guess) = event % 3, [rng.choice(12, 4, replace=False).astype(np.int32) for _ in range(2)]
+        got, loads = np.zeros(4, np.int32), np.zeros(13, np.int32)
+        bench.run(launches.resolve(got, loads, ids, r, layer, 12))
+        bench.run(launches.fill(Pointers(held), Pointers(experts), loads, 80))
         plan = cache.access(layer, ids.tolist())
         where = dict(plan.hits) | {load.key: load.slot for load in plan.loads}
         keys = [12 * layer + int(e) for e in ids]
         right = got.tolist() == [where[key] for key in keys]
-        wrong += not (right and all(np.array_equal(held[s], experts[key]) for s, key in zip(got, keys, strict=True)))
-    names = ["fill", "resolve"]
-    yield {"name": f"{count} events of a pool of {slots}", "kernels": names, "share": float(wrong), "ok": not wrong}
+        right &= all(np.array_equal(held[s], experts[key]) for s, key in zip(got, keys, strict=True))
+        if layer < 2:
+            bench.run(launches.resolve_ahead(loads, guess, r, 12 * layer + 12, 4))
+            bench.run(launches.fill(Pointers(held), Pointers(experts), loads, 80))
+            ahead = cache.prefetch(layer + 1, guess.tolist(), set(keys))
+            right &= loads[1 : 1 + loads[0]].tolist() == [load.key for load in ahead]
+        wrong += not right
+    return wrong
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_run_says_what_the_flags_mean_on_the_host_device(capsys, tmp_path):
     words = ["logits", file, "--tokens", "1,2", "-o", str(tmp_path / "x.npz"), "--device", "host", "--n-cpu-moe", "2"]
     assert main(words) == 0
     said = capsys.readouterr().err
-    assert "--fit is off" in said and "move nothing" in said and "3 tensors" in said
+    assert "--fit is off" in said and "one memory: --n-cpu-moe has no effect" in said and "3 tensors" in said
 
 
 def test_n_cpu_moe_of_a_deep_model_is_one_short_rule_elsewhere_and_planned_quickly():

@@ -109,3 +109,10 @@ def test_layers_are_a_number_or_a_word(text, layers):
 def test_other_words_are_refused():
     with pytest.raises(PlanError, match="-ngl many"):
         gpu_layers("many", 27)
+
+
+def test_layers_behind_the_trunk_are_counted_before_it():
+    """llama.cpp: from layer n_layer_all + 1 - N on, the output being layer n_layer_all; here 27 layers and 2 behind."""
+    for n in range(33):
+        on_gpu = [layer for layer in range(30) if layer >= 29 + 1 - n]
+        assert gpu_layers(str(n), 27, 2) == sum(layer < 27 or layer == 29 for layer in on_gpu)

@@ -64,7 +64,8 @@ def translation_unit(stem: str, folder: Path, formats: tuple[str, ...]) -> str:
     """C++ text that holds every kernel of one file: a namespace for each format, for names may repeat."""
     units = [unit for unit in sources.units(stem) if unit.format in ("", *formats)]
     lines = [f'#include "{HERE / "emulation.h"}"']
-    lines += [f'{text}#include "{path}"' for path, text in sources.headers([unit.format for unit in units], folder)]
+    headers = sources.headers(stem, [unit.format for unit in units], folder)
+    lines += [f'{text}#include "{path}"' for path, text in headers]
     for unit in units:
         kernels = sources.kernels_of(unit, sources.text_of(stem, folder))
         lines += [f"#define {name} {value}" for name, value in unit.defines.items()]
@@ -97,7 +98,7 @@ def _run(command: list[str], target: Path) -> None:
         os.chmod(temporary.name, 0o755)
         os.replace(temporary.name, target)
     except BaseException:
-        os.unlink(temporary.name)
+        Path(temporary.name).unlink(missing_ok=True)  # a linker that fails removes it
         raise
 
 
@@ -119,9 +120,8 @@ def _object(name: str, text: str, inputs: list[str], flavour: Flavour) -> Path:
 
 
 def _objects(flavour: Flavour, stems: tuple[str, ...], folder: Path, formats: tuple[str, ...]) -> list[Path]:
-    headers = [(folder / name).read_text("utf-8") for name in sources.HEADERS]
     main = HERE / ("main.cpp" if flavour.is_program else "library.cpp")
-    jobs = [(s, translation_unit(s, folder, formats), [*headers, sources.text_of(s, folder)]) for s in stems]
+    jobs = [(s, translation_unit(s, folder, formats), _inputs(s, folder)) for s in stems]
     jobs.append((main.stem, f'#include "{main}"\n', [main.read_text("utf-8")]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = [pool.submit(_object, name, text, inputs, flavour) for name, text, inputs in jobs]
@@ -133,6 +133,12 @@ def _objects(flavour: Flavour, stems: tuple[str, ...], folder: Path, formats: tu
                     _kill(process)
                 time.sleep(0.01)
             raise
+
+
+def _inputs(stem: str, folder: Path) -> list[str]:
+    """All that goes into a file's object besides its translation unit."""
+    headers = (*sources.HEADERS, *sources.HEADERS_OF.get(stem, ()))
+    return [*((folder / name).read_text("utf-8") for name in headers), sources.text_of(stem, folder)]
 
 
 def _make_folder() -> None:

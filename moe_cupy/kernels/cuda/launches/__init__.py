@@ -32,12 +32,17 @@ from moe_cupy.kernels.cuda.launches.core import (
     is_q8,
 )
 from moe_cupy.kernels.cuda.launches.experts import (
+    BY_KEY,
+    NO_HALT,
+    STATE,
+    Halt,
     Residency,
     Slots,
     expert_down,
     expert_gate_up,
     fill,
     resolve,
+    resolve_ahead,
     router,
 )
 from moe_cupy.kernels.cuda.launches.matrices import (
@@ -69,7 +74,8 @@ __all__ = [
     "Launch", "Pointers", "ceil_div", "is_q8",
     "rms_norm", "quantize_q8", "gemv", "gemv_naive", "gemm", "group_by_expert", "embed", "argmax", "top_k",
     "top_k_parts",
-    "router", "Slots", "expert_gate_up", "expert_down", "Residency", "resolve", "fill",
+    "router", "Slots", "expert_gate_up", "expert_down", "Residency", "Halt", "NO_HALT", "STATE", "BY_KEY", "resolve",
+    "resolve_ahead", "fill",
     "Sight", "CacheRows", "rope", "hadamard", "kv_store", "attention_decode", "attention_combine", "attention_prefill",
     "prefill_tile",
     "add_scaled", "multiply", "activate", "softcap", "clamp", "combine", "delta_convolve", "delta_gates", "delta_recur",

@@ -30,6 +30,8 @@ def router(
     shared = 4 * (2 * experts + groups) + block // 32 * BEST_BYTES
     return Launch("router", (len(logits), 1, 1), block, args, shared)
 
+CANDIDATE_BYTES, ECHO_BYTES = 24, 64  # of shared memory: for each warp; of resolve_echo, besides 4 for each
+
 
 @dataclass(frozen=True, slots=True)
 class Slots:
@@ -67,28 +69,70 @@ def expert_down(
     return warp_each(name, like.rows, n_tokens, 1, block, args)
 
 
+STATE = ("now", "token", "layer", "event", "hits", "misses", "evictions", "no_room", "prefetched", "wasted")
+BY_KEY = ("slot", "uses", "last", "turn", "unused")
+
+
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """A pool's integers on the device: see resolve.cu. ``state`` [6], ``slot_of`` [keys], the others [n_slots]."""
+    """A pool's integers on the device: see resolve.cu. ``rule`` is the number of one of ``cache.tabled.RULES``.
 
-    state: Any
-    slot_of: Any
-    key_of: Any
-    last_use: Any
+    ``echo`` is there where that policy decides: the record, rows, "used" and "users" of moe_cupy/compiled/state.py.
+    Then ``powers`` and ``rule`` say nothing.
+    """
+
+    state: Any  # int64 [STATE]
+    by_key: Any  # int64 [keys, BY_KEY]
+    key_of: Any  # int32 [n_slots]
+    powers: Any  # int64 [HALF_LIFE]
+    rule: int
+    echo: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """What lets a device stop where an expert is not in memory: see resolve.cu."""
+
+    source_of: Any  # uint64 [keys], 0: not in memory
+    halt: Any  # int32 [1 + used]
+    log: Any  # int32 [1 + loads of a token]
+
+
+NO_HALT = Halt(None, None, None)
 
 
 def resolve(
-    slots: Any, loads: tuple[Any, Any], ids: Any, residency: Residency, first_key: int, block: int = 128
-) -> Launch:
-    """ids [used] of one layer of one token -> slots [used] and the loads (keys [used], slots [used])."""
-    r = residency
-    args = (slots, *loads, r.state, ids, r.slot_of, r.key_of, r.last_use, first_key, ids.size, r.key_of.size)
-    return Launch("resolve", (1, 1, 1), block, args, block // 32 * 8)
+    slots: Any, loads: Any, ids: Any, residency: Residency, layer: int, experts: int, *, ahead: Any = None,
+    halt: Halt = NO_HALT, block: int = 128,
+) -> Launch:  # fmt: skip
+    """ids [used] of one layer of one token -> slots [used] and loads [1 + 3 used]; ``ahead`` are loads on their way."""
+    r, h = residency, halt
+    event = (ids, ahead, h.source_of, h.halt, h.log, layer, experts, ids.size, r.key_of.size)
+    if r.echo is not None:
+        shared = ECHO_BYTES + block // 32 * 4
+        known = (slots, loads, *r.echo, r.state, r.by_key, r.key_of)
+        return Launch("resolve_echo", (1, 1, 1), block, (*known, *event), shared)
+    args = (slots, loads, r.state, r.by_key, r.key_of, r.powers, *event, r.rule)
+    return Launch("resolve", (1, 1, 1), block, args, block // 32 * CANDIDATE_BYTES)
+
+
+def resolve_ahead(
+    loads: Any, ids: Any, residency: Residency, first_key: int, most: int, *, apart: bool = False, halt: Halt = NO_HALT,
+    block: int = 128,
+) -> Launch:  # fmt: skip
+    """The first ``most`` of ids [used], which a layer is expected to use -> loads [1 + 3 used]."""
+    r, h = residency, halt
+    tables = (r.state, r.by_key, r.key_of)
+    event = (ids, h.source_of, h.halt, h.log, first_key, ids.size, most, int(apart), r.key_of.size)
+    if r.echo is not None:
+        shared = ECHO_BYTES + block // 32 * 4
+        return Launch("resolve_echo_ahead", (1, 1, 1), block, (loads, *r.echo, *tables, *event), shared)
+    return Launch("resolve_ahead", (1, 1, 1), block, (loads, *tables, *event, r.rule), block // 32 * CANDIDATE_BYTES)
 
 
 def fill(
-    slot_at: Pointers, source_of: Pointers, loads: tuple[Any, Any], state: Any, n: int, blocks: int = 16,
-    block: int = 256,
-) -> Launch:  # fmt: skip
-    """Bring the loads of ``resolve``, n bytes each, from host memory into their slots."""
-    return Launch("fill", (blocks, loads[0].size, 1), block, (slot_at, source_of, *loads, state, n))
+    slot_at: Pointers, source_of: Pointers, loads: Any, n: int, late: bool = False, blocks: int = 16, block: int = 256
+) -> Launch:
+    """Bring ``loads`` [1 + 3 used], n bytes each, from host memory into their slots; those that wait, or the others."""
+    used = loads.size // 3
+    return Launch("fill", (blocks, used, 1), block, (slot_at, source_of, loads, used, int(late), n))

@@ -30,7 +30,7 @@ from moe_cupy.kernels.host.simd.superblocks import SUPER_BLOCKS, SuperBlock
 from moe_ref.quants import BY_NAME
 
 EIGHT = vector(F32, 8)
-AHEAD = 2048  # bytes of weights that are asked for before they are needed
+AHEAD = 4096  # bytes of weights that are asked for before they are needed
 ARGUMENTS = ("w", "row_bytes", "blocks", "values", "steps", "sums", "results", "offset", "rows")
 Sums = Sequence[Sequence[Value]]  # for each column, the places of its running sums
 Add = Callable[[Code, Address, Sequence[Value], Sums], None]  # block, parts of the panel
