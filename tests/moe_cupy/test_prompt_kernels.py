@@ -44,10 +44,12 @@ def launched_by_the_engine(tmp_path: Path) -> set[str]:
         list(check_ops(device, ("Q8_0", "F16")))
         device.close()
         seen |= device.bases()
-    for kind, options in (("f16", {"decode": "device"}), ("f32", {}), ("f16", {}), ("q8_0", {})):
+    driven = [{"decode": "device", "policy": p, "prefetch": "next-gate", "cache": "slots:4"} for p in ("echo", "lru")]
+    for kind, options in (("f16", driven[0]), ("f16", driven[1]), ("f32", {}), ("f16", {}), ("q8_0", {})):
         device, types = RecordingDevice(), {"cache_type_k": kind, "cache_type_v": kind}
         with Engine(tiny_moe(tmp_path / "m.gguf", ODD), _device=device, **types, **options) as engine:
             engine.logits(np.arange(40))
+            engine.decode(1)
         seen |= device.bases()
     return seen
 
