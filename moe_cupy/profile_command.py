@@ -32,9 +32,9 @@ from moe_ref.command import note, whole_file
 from moe_ref.split import open_model
 
 TOKENS, WARM = 64, 16  # decoded, and of these not timed
-EXPERTS, USED = 32, 4
+EXPERTS, USED = 16, 4
 TINY = {"layers": 12, "hidden": 256, "ffn": 256}
-LARGE = {"layers": 4, "hidden": 2048, "ffn": 768}
+LARGE = {"layers": 8, "hidden": 2048, "ffn": 768}  # 48 MB of dense weights, more than a cache keeps
 ACTS = ("q8", "f32")
 FORMATS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "IQ4_XS", "IQ3_XXS", "MXFP4", "F16", "F32")
 STREAMED, COLUMNS = 64 << 20, 2048  # bytes of weights that a product reads, and its width

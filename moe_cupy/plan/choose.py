@@ -103,7 +103,7 @@ def best_static(model: Model, machine: Machine, request: Request, curve: Curve |
         return min(plans, key=lambda plan: plan.turn_s)
 
     best = quickest(fullest, emptier(model, machine, fullest))
-    if best is fullest or fullest.ngl <= 1 or best.ngl > model.layers:
+    if not cpu_is_quicker(machine) and (best is fullest or best.ngl > model.layers):
         return best
     return quickest(best, fewer_layers(model, fullest, range(2, fullest.ngl)))
 
