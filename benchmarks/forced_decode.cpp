@@ -1,9 +1,10 @@
 // llama.cpp on forced token ids 0, 1, 2, …: prompts and single tokens, timed. vs_llama_cpp.py builds and runs it.
 //
-//   forced_decode MODEL THREADS LOAD_MODE REPACK N_PROMPT N_GEN REPEAT WARMUP MAX_SECONDS
+//   forced_decode MODEL THREADS LOAD_MODE REPACK N_PROMPTS N_GEN REPEAT WARMUP MAX_SECONDS
 //
+// N_PROMPTS is a list such as 128,512; 0 for none.
 // LOAD_MODE is llama.h's enum (1: mmap, -1: llama.cpp chooses), REPACK 0 or 1. With WARMUP 1 the first id is decoded
-// once, then the prompt and the generation are gone through untimed, so that what is timed finds all pages present.
+// once, then prompts and the generation are gone through untimed, so that what is timed finds all pages present.
 // Generation stops after MAX_SECONDS, whatever is done by then counts.
 // Prints one line of JSON; times are of CLOCK_MONOTONIC, so that the caller can subtract when it started this.
 #include "llama.h"
@@ -12,7 +13,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <sstream>
 #include <string>
+#include <vector>
 
 static double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -61,10 +64,17 @@ static int generate(llama_context * context, llama_batch & batch, int count, dou
 
 int main(int argc, char ** argv) {
     if (argc != 10) {
-        fprintf(stderr, "usage: forced_decode MODEL THREADS LOAD_MODE REPACK N_PROMPT N_GEN REPEAT WARMUP MAX_SECONDS\n");
+        fprintf(stderr, "usage: forced_decode MODEL THREADS LOAD_MODE REPACK N_PROMPTS N_GEN REPEAT WARMUP MAX_SECONDS\n");
         return 2;
     }
-    const int threads = atoi(argv[2]), n_prompt = atoi(argv[5]), n_gen = atoi(argv[6]), repeat = atoi(argv[7]);
+    const int threads = atoi(argv[2]), n_gen = atoi(argv[6]), repeat = atoi(argv[7]);
+    std::vector<int> prompts;
+    std::stringstream list(argv[5]);
+    for (std::string count; std::getline(list, count, ',');) {
+        if (atoi(count.c_str()) > 0) {
+            prompts.push_back(atoi(count.c_str()));
+        }
+    }
     const bool warmup = atoi(argv[8]);
     const double most_seconds = atof(argv[9]);
     llama_log_set(only_warnings, nullptr);
@@ -80,7 +90,10 @@ int main(int argc, char ** argv) {
         return 1;
     }
     llama_context_params params = llama_context_default_params();
-    params.n_ctx = std::max(512, std::max(n_prompt, n_gen));
+    params.n_ctx = std::max(512, n_gen);
+    for (int count : prompts) {
+        params.n_ctx = std::max((int) params.n_ctx, count);
+    }
     params.n_batch = params.n_ubatch = 512;
     params.n_threads = params.n_threads_batch = threads;
     llama_context * context = llama_init_from_model(model, params);
@@ -94,23 +107,33 @@ int main(int argc, char ** argv) {
     if (warmup) {
         feed(context, batch, 0, 1);
         first_token = now();
-        prompt(context, batch, n_prompt);
+        for (int count : prompts) {
+            prompt(context, batch, count);
+        }
         generate(context, batch, n_gen, most_seconds, &first_token);
     }
-    std::string prompts, gens;
-    for (int r = 0; n_prompt && r < repeat; r++) {
-        const double start = now();
-        prompt(context, batch, n_prompt);
-        prompts += (r ? ", " : "") + std::to_string(n_prompt / (now() - start));
-    }
+    std::string tests;
     int done = 0;
-    for (int r = 0; n_gen && r < repeat; r++) {
-        const double start = now();
-        done = generate(context, batch, n_gen, most_seconds, &first_token);
-        gens += (r ? ", " : "") + std::to_string(done / (now() - start));
+    for (int count : prompts) {
+        tests += "\"pp" + std::to_string(count) + "\": [";
+        for (int r = 0; r < repeat; r++) {
+            const double start = now();
+            prompt(context, batch, count);
+            tests += (r ? ", " : "") + std::to_string(count / (now() - start));
+        }
+        tests += "], ";
     }
-    printf("{\"load_s\": %.6f, \"first_token_at\": %.6f, \"pp\": [%s], \"tg\": [%s], \"tokens\": %d}\n", loaded - begin,
-           first_token, prompts.c_str(), gens.c_str(), done);
+    if (n_gen) {
+        tests += "\"tg" + std::to_string(n_gen) + "\": [";
+        for (int r = 0; r < repeat; r++) {
+            const double start = now();
+            done = generate(context, batch, n_gen, most_seconds, &first_token);
+            tests += (r ? ", " : "") + std::to_string(done / (now() - start));
+        }
+        tests += "], ";
+    }
+    printf("{%s\"load_s\": %.6f, \"first_token_at\": %.6f, \"tokens\": %d}\n", tests.c_str(), loaded - begin,
+           first_token, done);
     llama_free(context);
     llama_model_free(model);
 }

@@ -12,9 +12,10 @@ Settings of llama.cpp, of which --llama lists those to compare with:
     best        in memory as installed; under a limit plain, on an ext4 image behind a loop device with direct I/O and
                 128 KiB of read-ahead, instead of whatever the disk has
 
-OpenMP threads wait actively or passively, whichever is faster in a trial before. Under a limit each run is one pass in
-a control group of that size, the page cache dropped before it, with the cache that the limit leaves. Results can be
-gathered over several calls in --results FILE; the table is made of all that is in it.
+OpenMP threads wait actively or passively, whichever is faster in a trial before. In memory a run goes through all tests
+once untimed, then times them. Under a limit it is one pass in a control group of that size, the page cache dropped
+before it, with the cache that the limit leaves. Results can be gathered over several calls in --results FILE; the table
+is made of all that is in it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Bench:
     def ours(self) -> Record:
         """One run of this runtime."""
         a = self.args
-        command = [sys.executable, HERE / "forced_decode.py", "-m", a.model, "-t", a.threads, "-p", a.n_prompt_now,
+        command = [sys.executable, HERE / "forced_decode.py", "-m", a.model, "-t", a.threads, "-p", a.prompts,
                    "-n", a.n_gen, "-r", a.repeat, "--cache", self.cache, *a.ours.split()]  # fmt: skip
         return self._run(command + (["--cold"] if self.limit else []), {"OPENBLAS_NUM_THREADS": "1"}, a.model)
 
@@ -71,13 +72,14 @@ class Bench:
         best = setting == "best" and self.limit
         model = self.best_copy if best else a.model
         repack = 0 if setting == "plain" or best else 1
-        command = [self.program, model, a.threads, MMAP if self.limit else CHOOSES, repack, a.n_prompt_now, a.n_gen,
+        command = [self.program, model, a.threads, MMAP if self.limit else CHOOSES, repack, a.prompts, a.n_gen,
                    a.repeat, 0 if self.limit else 1, a.max_seconds]  # fmt: skip
         return self._run(command, {"OMP_WAIT_POLICY": wait or self.waits.get(setting, "active")}, model)
 
     def choose_wait(self, setting: str) -> None:
         """Try both ways for OpenMP's threads to wait."""
-        tried = {wait: speed(self.theirs(setting, wait)) for wait in ("active", "passive")}
+        test = tests(self.args)[-1]
+        tried = {wait: speed(self.theirs(setting, wait), test) for wait in ("active", "passive")}
         self.waits[setting] = max(tried, key=lambda wait: tried[wait])
         told = ", ".join(f"{wait} {rate:.2f}" for wait, rate in tried.items())
         print(f"llama.cpp {setting}: OpenMP waits: {told} tok/s; {self.waits[setting]} it is", file=sys.stderr)
@@ -98,9 +100,14 @@ class Bench:
         return record | answer | {"first_token_s": answer["first_token_at"] - start}
 
 
-def speed(record: Record) -> float:
-    """Its decode, or else its prompt, in tokens per second; 0 for a run that failed."""
-    return statistics.median(record.get("tg") or record.get("pp") or [0.0])
+def speed(record: Record, test: str) -> float:
+    """Of one test, in tokens per second; 0 for a run that failed."""
+    return statistics.median(record.get(test) or [0.0])
+
+
+def tests(args: argparse.Namespace) -> list[str]:
+    """llama-bench's names of what is measured; decode is last."""
+    return [f"pp{n}" for n in args.n_prompt if n] + ([f"tg{args.n_gen}"] if args.n_gen else [])
 
 
 def memory_limit(text: str, size: int) -> int:
@@ -138,26 +145,21 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
 
 
 def measure(args: argparse.Namespace) -> Iterator[Record]:
-    """Pairs of runs, as they are done."""
+    """Pairs of runs, as they are done; a pair has one record a test."""
     with opened(args) as bench:
-        prompts = args.n_prompt or [0]
-        args.n_prompt_now = 0 if args.n_gen else prompts[0]
         if args.threads > 1:
             for setting in args.llama:
                 bench.choose_wait(setting)
-        cases = [(0, args.n_gen)] * bool(args.n_gen) + [(n, 0) for n in prompts if n]
-        both = args.n_gen
         for pair in range(args.pairs):
-            for args.n_prompt_now, args.n_gen in cases:
-                for setting in args.llama:
+            for setting in args.llama:
+                both = {"ours": bench.ours(), "theirs": bench.theirs(setting)}
+                for test in tests(args):
                     yield {
-                        "test": f"tg{args.n_gen}" if args.n_gen else f"pp{args.n_prompt_now}", "llama": setting,
-                        "threads": args.threads, "limit": args.memory_limit or "", "pair": pair,
-                        "model": args.model.name, "cpu": cpu_name(), "read_ahead": limits.read_ahead_bytes(args.model),
-                        "flags": args.ours, "cache": bench.cache,
-                        "wait": bench.waits.get(setting, ""), "ours": bench.ours(), "theirs": bench.theirs(setting),
+                        "test": test, "llama": setting, "threads": args.threads, "limit": args.memory_limit or "",
+                        "pair": pair, "model": args.model.name, "cpu": cpu_name(), "flags": args.ours,
+                        "read_ahead": limits.read_ahead_bytes(args.model), "cache": bench.cache,
+                        "wait": bench.waits.get(setting, ""), **both,
                     }  # fmt: skip
-        args.n_gen = both
 
 
 def table(records: list[Record]) -> str:
@@ -171,7 +173,7 @@ def table(records: list[Record]) -> str:
         "|" + " --- |" * 10,
     ]
     for (_, limit, threads, flags, test, llama), rows in groups.items():
-        ours, theirs = [speed(r["ours"]) for r in rows], [speed(r["theirs"]) for r in rows]
+        ours, theirs = ([speed(r[who], test) for r in rows] for who in ("ours", "theirs"))
         failed = [r["theirs"]["code"] for r in rows if r["theirs"]["code"]]
         ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else "–"
@@ -218,8 +220,13 @@ def parse() -> argparse.Namespace:
     add("--max-seconds", type=float, default=60, help="llama.cpp stops generating after this (default 60)")
     add("--results", type=Path, help="append pairs to this file, one JSON object a line")
     args = parser.parse_args()
+    args.prompts = ",".join(map(str, args.n_prompt or [0]))
     if bool(args.build) != bool(args.source):
         parser.error("--build and --source go together")
+    if not tests(args):
+        parser.error("nothing to measure: give -p N or -n N")
+    if args.memory_limit and len(tests(args)) > 1:
+        parser.error("under a limit a run is one cold pass: give one -p, or -n")
     return args
 
 
@@ -232,8 +239,9 @@ def main() -> None:
     for record in measure(args):
         records.append(record)
         ours, theirs = record["ours"], record["theirs"]
-        print(f"{record['test']} pair {record['pair']}: ours {speed(ours):.2f}, llama.cpp {record['llama']} "
-              f"{speed(theirs):.2f} tok/s", ours.get("error", ""), theirs.get("error", ""), file=sys.stderr)
+        test = record["test"]
+        print(f"{test} pair {record['pair']}: ours {speed(ours, test):.2f}, llama.cpp {record['llama']} "
+              f"{speed(theirs, test):.2f} tok/s", ours.get("error", ""), theirs.get("error", ""), file=sys.stderr)
         if args.results:
             with open(args.results, "a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -84,12 +84,12 @@ def compilation_told(out: TextIO) -> Iterator[None]:
 def _tell(counted: _Counted, ended: threading.Event, out: TextIO) -> None:
     """A line is written over on a terminal, and followed by others elsewhere."""
     over, after, every = ("\r", "", 1) if out.isatty() else ("", "\n", 10)
-    begun, told = time.monotonic(), -1
+    begun, told = time.monotonic(), -1.0
     while not ended.wait(0.2):
         if not counted.count:
             begun = time.monotonic()
         elif (time.monotonic() - begun) // every > told:
-            told = (time.monotonic() - begun) // every
+            told = int((time.monotonic() - begun) // every)
             line = f"compiling host kernels (first run only, about a minute): {counted.count} functions, "
             print(f"{over}{line}{time.monotonic() - begun:.0f} s", end=after, file=out, flush=True)
     if told >= 0:

@@ -1,22 +1,28 @@
 """``doctor --write``: this machine as a profile for ``plan``, measured with the engine itself on made-up models.
 
-Three runs, none of them on a model that anybody plans: a tiny model tells what a layer costs whatever its size, one
-that is resident how fast matrices are read by the kernels, one with next to no cache how fast experts are read from
-disk while the engine runs.
+For exact activations and for rounded ones, with one thread and with all: how fast the row kernels read each format out
+of memory; then three runs of the engine, none of them on a model that anybody plans. A tiny model tells what a layer
+costs whatever its size, one that is resident how fast the engine reads matrices, one with next to no cache how fast
+experts are read from disk, with several reads in flight, while the engine runs.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_cupy.device.host import HostDevice, usable_cores
 from moe_cupy.device.memory import free_and_total
+from moe_cupy.kernels.host import ops
+from moe_cupy.kernels.matrix import Matrix
+from moe_cupy.kernels.samples import random_matrix
 from moe_cupy.lab.synth import Plan, synthesise
 from moe_cupy.lab.trace import RouteTrace
 from moe_cupy.plan.cost import waiting
@@ -25,10 +31,13 @@ from moe_cupy.plan.tables import table
 from moe_ref.command import note, whole_file
 from moe_ref.split import open_model
 
-TOKENS, WARM = 96, 16  # decoded, and of these not timed
+TOKENS, WARM = 64, 16  # decoded, and of these not timed
 EXPERTS, USED = 32, 4
 TINY = {"layers": 12, "hidden": 256, "ffn": 256}
 LARGE = {"layers": 4, "hidden": 2048, "ffn": 768}
+ACTS = ("q8", "f32")
+FORMATS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "IQ4_XS", "IQ3_XXS", "MXFP4", "F16", "F32")
+STREAMED, COLUMNS = 64 << 20, 2048  # bytes of weights that a product reads, and its width
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,33 @@ class Run:
         return sum(self.model.read_per_token(t) for t in self.model.tensors)
 
 
+def row_rates(threads: int, act: str) -> dict[str, float]:
+    """Format -> GB/s at which a product of rows with one vector reads weights out of memory; the best of three."""
+    device = HostDevice(threads, act)
+    split: Any = device.split
+    rates = {}
+    try:
+        for kind in FORMATS:
+            matrix = long_matrix(kind)
+            x, y = np.ones((1, COLUMNS), np.float32), np.empty((1, matrix.rows), np.float32)
+            times = []
+            for _ in range(3):
+                begun = time.perf_counter()
+                ops.linear(split, x, matrix, y)
+                times.append(time.perf_counter() - begun)
+            rates[kind] = 1e-9 * matrix.data.nbytes / min(times[1:])
+    finally:
+        device.close()
+    return rates
+
+
+def long_matrix(kind: str) -> Matrix:
+    """Random blocks, repeated to a size that no cache holds."""
+    few = random_matrix(np.random.default_rng(0), kind, 256, COLUMNS)
+    times = STREAMED // few.data.nbytes
+    return Matrix(kind, 256 * times, COLUMNS, np.tile(few.data, times))
+
+
 def made_up(path: Path, layers: int, hidden: int, ffn: int) -> None:
     """A model whose routers choose at random, the same each time."""
     rng = np.random.default_rng(0)
@@ -53,13 +89,13 @@ def made_up(path: Path, layers: int, hidden: int, ffn: int) -> None:
         synthesise(out, trace, Plan(TOKENS, layers, EXPERTS, USED, hidden, ffn, "Q4_K"), 0)
 
 
-def decode(path: Path, cache: str) -> Run:
+def decode(path: Path, cache: str, threads: int, act: str) -> Run:
     """Decode all tokens with the engine's defaults."""
     from moe_cupy.engine import Engine
 
     with open_model(path) as file:
         model = from_file(file)
-    with Engine(path, device="host", cache=cache) as engine:
+    with Engine(path, device="host", cache=cache, threads=threads, act=act) as engine:
         for token in range(WARM):
             engine.decode(token)
         engine.reset_stats()
@@ -69,15 +105,22 @@ def decode(path: Path, cache: str) -> Run:
     return Run(model, stats.generated_seconds / stats.generated_tokens, stats.misses / stats.generated_tokens)
 
 
-def measure(folder: str) -> dict[str, Any]:
-    """Seconds a layer, and bytes/s of weights from memory and of experts from disk."""
+def measure(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Rounding of activations -> "tN" for N threads -> what was measured; see ``measure_with``."""
+    counts = sorted({1, usable_cores()})
     with tempfile.TemporaryDirectory(dir=folder, prefix=".moe-profile-") as scratch:
         tiny, large = Path(scratch) / "tiny.gguf", Path(scratch) / "large.gguf"
         made_up(tiny, **TINY)
         made_up(large, **LARGE)
-        small = min((decode(tiny, "100%") for _ in range(3)), key=lambda run: run.seconds)
-        resident = min((decode(large, "100%") for _ in range(3)), key=lambda run: run.seconds)
-        missing = min((decode(large, f"slots:{2 * USED}") for _ in range(2)), key=lambda run: run.seconds)
+        return {act: {f"t{n}": measure_with(tiny, large, n, act) for n in counts} for act in ACTS}
+
+
+def measure_with(tiny: Path, large: Path, threads: int, act: str) -> dict[str, Any]:
+    """Seconds a layer, GB/s of weights from memory and of experts from disk, and of the row kernels by format."""
+    small, resident, missing = (
+        min((decode(path, cache, threads, act) for _ in range(times)), key=lambda run: run.seconds)
+        for path, cache, times in ((tiny, "100%", 3), (large, "100%", 2), (large, f"slots:{2 * USED}", 2))
+    )
     layers = resident.model.layers
     # Two equations for the seconds of a layer and of a byte, both resident:
     per_byte = (resident.seconds - small.seconds * layers / small.model.layers) / (
@@ -89,7 +132,7 @@ def measure(folder: str) -> dict[str, Any]:
     missed = missing.misses / (missing.model.layers * USED)
     read_s = solve(lambda read: missing.model.layers * waiting(missed, USED, read, expert * per_byte), waited)
     rates = {"weights_gbps": 1e-9 / per_byte, "experts_from_disk_gbps": 1e-9 * expert / read_s}
-    return {"layer_us": 1e6 * layer_s, **rates}
+    return {"layer_us": 1e6 * layer_s, **rates, "rows": row_rates(threads, act)}
 
 
 def solve(rising: Callable[[float], float], target: float) -> float:
@@ -101,21 +144,31 @@ def solve(rising: Callable[[float], float], target: float) -> float:
     return high
 
 
-def profile_text(measured: dict[str, Any]) -> str:
+def profile_text(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The profile as TOML, as ``plan --hardware`` reads it."""
     memory = free_and_total()[1] / 1e9
-    rows = [
+    best = [one for by_threads in measured.values() for one in by_threads.values()]
+    disk = max(one["experts_from_disk_gbps"] for one in best)
+    rows = max(max(one["rows"].values()) for one in best)
+    return "\n".join([
         "# Measured by `python -m moe_cupy doctor --write`; see docs/planner.md.",
         'what = "this machine, measured"',
         f"ram_gb = {memory:.1f}",
-        f"ram_bandwidth = {measured['weights_gbps'] / efficiency('cpu', 'bandwidth_efficiency'):.2f} # see measured",
+        f"ram_bandwidth = {rows / efficiency('cpu', 'bandwidth_efficiency'):.2f} # see measured",
         f"cores = {os.cpu_count() or 1}",
-        f"disk_read = {measured['experts_from_disk_gbps'] / efficiency('disk', 'efficiency'):.3f}",
-        "",
-        "[measured] # by this runtime's host device, Q4_K",
-        *(f"{name} = {value:.4g}" for name, value in measured.items()),
-    ]
-    return "\n".join(rows) + "\n"
+        f"disk_read = {disk / efficiency('disk', 'efficiency'):.3f}",
+        *measured_lines(measured),
+    ]) + "\n"  # fmt: skip
+
+
+def measured_lines(measured: dict[str, dict[str, dict[str, Any]]]) -> Iterator[str]:
+    """Tables measured.ACT.tN, and in each of them rows."""
+    for act, by_threads in measured.items():
+        for threads, found in by_threads.items():
+            yield f"\n[measured.{act}.{threads}] # the engine, Q4_K"
+            yield from (f"{name} = {value:.4g}" for name, value in found.items() if name != "rows")
+            yield f"[measured.{act}.{threads}.rows] # the row kernels alone, GB/s"
+            yield from (f"{name} = {value:.4g}" for name, value in found["rows"].items())
 
 
 def efficiency(part: str, name: str) -> float:
@@ -124,8 +177,8 @@ def efficiency(part: str, name: str) -> float:
 
 
 def write_profile(path: str, folder: str) -> None:
-    """Measure and write; some ten seconds and 400 MB of ``folder`` while it runs."""
-    note("measuring with made-up models (some ten seconds)…")
+    """Measure and write; about half a minute and 400 MB of ``folder`` while it runs."""
+    note("measuring with made-up models (half a minute)…")
     text = profile_text(measure(folder))
     with whole_file(path) as out:
         out.write(text.encode())

@@ -33,7 +33,9 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"prefetch", "cache", "compiled", "store", "device", "plan", "kernels", "moe_ref"},
     "lab": {"cache", "prefetch", "plan", "moe_ref"},
     # lab: gpu-check decodes a route-replay model; __init__: it uses the Engine as anybody does
-    "tools": {"engine", "kernels", "device", "store", "cache", "prefetch", "plan", "moe_ref", "lab", "__init__"},
+    "tools": {
+        "engine", "kernels", "device", "store", "cache", "compiled", "prefetch", "plan", "moe_ref", "lab", "__init__",
+    },
     "cli": {"*"},
     "lab_commands": {"*"},
     "plan_commands": {"*"},

@@ -63,6 +63,7 @@ class Device(Protocol):
     name: str
     formats: tuple[str, ...]  # tensor types that its matrix ops take
     is_unified: bool  # device memory is host memory: nothing has to be sent or fetched
+    binds: bool  # launches that come again gain by ``bind``
 
     def alloc(self, nbytes: int) -> Any:
         """Uninitialised uint8 [nbytes] in device memory."""
@@ -93,6 +94,9 @@ class Device(Protocol):
 
     def launch(self, op: str, stream: Stream, **buffers: Any) -> None:
         """Run an op of the kernel table on buffers in stream order."""
+
+    def bind(self, calls: Sequence[tuple[str, dict[str, Any]]], stream: Stream) -> Callable[[int], None]:
+        """Launches (op, buffers by name) as one function of the position at which the buffers are to be used."""
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of device memory."""

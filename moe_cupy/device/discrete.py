@@ -111,6 +111,7 @@ class DiscreteDevice(ABC):
     """See the module."""
 
     is_unified = False
+    binds = False
     formats = FORMATS
     capability: tuple[int, int]  # of the GPU, major and minor: decides which kernels are launched
     _arena: np.ndarray  # page-locked by the subclass when it begins
@@ -154,6 +155,10 @@ class DiscreteDevice(ABC):
     def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Uninitialised device memory of this shape."""
         return self.alloc(int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+
+    def bind(self, calls: Any, stream: Any) -> Callable[[int], None]:
+        """No function is sooner done than its launches: see ``binds``."""
+        raise NotImplementedError
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         self.launch_all(OPS[op].cuda, stream, op in READS_X, **buffers)

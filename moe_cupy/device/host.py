@@ -5,9 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from moe_cupy.device.crew import Crew
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.device.threads import InlineStream, ThreadQueue, ThreadStream
 from moe_cupy.device.unified import Unified
+from moe_cupy.kernels.host import bound
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.table import OPS
@@ -83,6 +85,7 @@ class HostDevice(Unified):
     name = "host"
     formats = SUPPORTED
     is_unified = True
+    binds = True
 
     def __init__(self, threads: int | None = None, act: str = "f32", inline: bool = True):
         self.threads, self.act, self.inline = threads or usable_cores(), act, inline
@@ -120,8 +123,11 @@ class HostDevice(Unified):
         stream.run(lambda: np.copyto(dst, src))
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
-        run = OPS[op].host
-        stream.run(lambda: run(self.split, **buffers))
+        stream.run(partial(OPS[op].host, self.split, **buffers))
+
+    def bind(self, calls: Sequence[tuple[str, dict[str, Any]]], stream: Any) -> Callable[[int], None]:
+        run = bound.bind(self.split, calls, lambda op, **buffers: OPS[op].host(self.split, **buffers))
+        return lambda position: stream.run(partial(run, position))
 
     def memory(self) -> tuple[int, int]:
         return free_and_total()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 
 class Unified(ABC):
     """A subclass has ``alloc`` and ``copy_async``; see ``Device``."""
+
+    binds = False
 
     @abstractmethod
     def alloc(self, nbytes: int) -> np.ndarray:
@@ -29,3 +32,7 @@ class Unified(ABC):
 
     def fetch(self, name: str, src: Any, stream: Any) -> np.ndarray:
         return src
+
+    def bind(self, calls: Any, stream: Any) -> Callable[[int], None]:
+        """No function is sooner done than its launches: see ``binds``."""
+        raise NotImplementedError

@@ -24,8 +24,8 @@ UNIT: Norm = (None, None)
 class Scratch:
     """Activations of a pass in device memory, by name and shape, made at their first use."""
 
-    def __init__(self, device: Device, stream: Any):
-        self._device, self._stream = device, stream
+    def __init__(self, device: Device, stream: Any, stays: bool = False):
+        self._device, self._stream, self._stays = device, stream, stays
         self._arrays: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, name: str, *shape: int, dtype: type = np.float32) -> Any:
@@ -38,8 +38,8 @@ class Scratch:
         return array
 
     def put(self, name: str, values: np.ndarray) -> Any:
-        """``values`` of the host where ops can read them."""
-        if self._device.is_unified:
+        """``values`` of the host where ops can read them; where the last ones of this name were, if it ``stays``."""
+        if self._device.is_unified and not self._stays:
             return values
         target = self(name, *values.shape, dtype=values.dtype.type)
         self._device.put(target, values, self._stream)

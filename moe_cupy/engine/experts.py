@@ -8,6 +8,7 @@ prefetches, and a prefetch that is wanted before it has begun becomes a demand l
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +121,11 @@ class ExpertMover:
         self.transport.recover()
 
     def settle(self) -> None:
-        """Wait until all loads have ended; raises what kept one from it."""
+        """Wait until all loads have ended. What failed was fetched ahead and is forgotten: nobody has missed it yet."""
         for event in self._loading.values():
-            event.synchronize()
-        self._loading.clear()
-        self._touched.clear()
+            with suppress(OSError):
+                event.synchronize()
+        self.recover()
 
     def adopt(self) -> None:
         """With the device idle: in the slots is what the cache says, whoever brought it."""

@@ -20,6 +20,7 @@ from moe_cupy.engine.block import Block, Pass, Scratch
 from moe_cupy.engine.choosing import Offer
 from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
+from moe_cupy.engine.recording import Recorder
 from moe_cupy.engine.weights import DenseWeights
 from moe_cupy.prefetch import Prefetcher
 from moe_cupy.store import MATRICES
@@ -66,7 +67,8 @@ class Forward:
         self.stream = device.stream("compute")
         self.observe: RouteObserver | None = None
         self._launch: Callable[..., None] = partial(device.launch, stream=self.stream)
-        self._decode_scratch = Scratch(device, self.stream)
+        self._decode_scratch = Scratch(device, self.stream, stays=True)
+        self._again = Recorder(device, self.stream)
         self._rotations = self._distinct_rotations()
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
@@ -174,6 +176,9 @@ class Forward:
         return host if self.device.is_unified else host.copy()
 
     def _mix(self, block: Block) -> None:
+        self._again("mix", block, self._mixed)
+
+    def _mixed(self, block: Block) -> None:
         mixer, last = MIXERS[block.layer.mixer]
         h = block.norm(block.run.x, "attn_norm", block.buffer("h", self.config.embedding_length))
         block.add_product(mixer(block, h), last, "post_attention_norm")
@@ -194,8 +199,7 @@ class Forward:
     def _moe(self, block: Block) -> None:
         layer, c = block.layer.index, self.config
         ahead = self._ahead(block)
-        h, logits = networks.router_logits(block)
-        ids, weights = networks.route(block, logits)
+        h, logits, ids, weights = self._again("route", block, networks.routed)
         routes = self._fetched(layer, ids, weights, logits, ahead)
         routed = self.stream.record()
         parts = block.buffer("parts", c.expert_used_count, c.embedding_length)

@@ -55,6 +55,12 @@ def route(block: Block, logits: Any, ahead: str = "") -> tuple[Any, Any]:
     return ids, weights
 
 
+def routed(block: Block) -> tuple[Any, Any, Any, Any]:
+    """What the experts see, h [T, D], the router's logits, and its choice: ids and weights [T, k]."""
+    h, logits = router_logits(block)
+    return h, logits, *route(block, logits)
+
+
 def beside(block: Block, h: Any) -> Any:
     """What every token computes beside the routed experts, which see h [T, D]: [T, D], or None if there is nothing."""
     if block.config.quirks.dense_beside:

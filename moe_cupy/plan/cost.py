@@ -6,7 +6,7 @@ what every layer costs whatever its size: kernels to launch, threads to meet, co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -196,29 +196,62 @@ def waiting(missed: float, used: int, read_s: float, compute_s: float) -> float:
     return seconds
 
 
-def host_decode(model: Model, machine: Machine, hit_rate: float) -> list[Term]:
+def host_decode(model: Model, machine: Machine, hit_rate: float, threads: int | None = None, act: str = "q8",
+                past: float = 0.0) -> list[Term]:  # fmt: skip
     """One token on this runtime's host device: weights in RAM, experts in a cache there or read from disk.
 
-    From a profile that ``doctor --write`` measured, otherwise from the CPU's table.
+    From a profile that ``doctor --write`` measured, otherwise from the CPU's table. ``past``: bytes of the context.
     """
-    measured, e = machine.measured, table("engines")["cpu"]
-    layer_us = measured.get("layer_us", e["step_us"])
-    rate = 1e9 * measured["weights_gbps"] if "weights_gbps" in measured else machine.ram_practical
-    nbytes = sum(model.read_per_token(t) for t in model.tensors) + model.tied_bytes
+    host = host_rates(machine, act, threads or machine.cores)
+    held = {t.type: 0.0 for t in model.tensors}
+    for tensor in model.tensors:
+        held[tensor.type] += model.read_per_token(tensor) + (tensor.part == "embedding") * model.tied_bytes
     terms = [
-        bytes_over("weights, by the CPU", nbytes, rate),
-        Term("layers", model.layers * layer_us * 1e-6, f"{model.layers} layers x {layer_us:.4g} us"),
+        bytes_over(f"{kind} weights, by the CPU", nbytes, host.of(kind)) for kind, nbytes in held.items() if nbytes
     ]
+    if past:
+        terms.append(bytes_over("KV, by the CPU", past, host.of("F32")))
+    text = f"{model.layers} layers x {host.layer_us:.4g} us"
+    terms.append(Term("layers", model.layers * host.layer_us * 1e-6, text))
     if model.experts and hit_rate < 1:
-        layers, k, expert = len(model.moe_layers), model.expert_used_count, model.expert_bytes
-        wait = waiting(1 - hit_rate, k, expert / machine.disk_practical, expert / rate)
-        disk = machine.disk_practical / 1e9
-        text = (
-            f"{layers} layers x {1e6 * wait:.4g} us, the mean of max(0, m x {size_text(expert, 4)} / {disk:.4g} GB/s - "
-            f"{k - 1} x {1e6 * expert / rate:.4g} us), m of {k} missing, each with {1 - hit_rate:.3%}"
-        )
-        terms.append(Term("waiting for experts from disk", layers * wait, text))
+        terms.append(disk_wait(model, machine, hit_rate, host))
     return terms
+
+
+@dataclass(frozen=True, slots=True)
+class HostRates:
+    """What a host measured: seconds of a layer, bytes/s of each format, and of experts from disk."""
+
+    layer_us: float
+    rate: float  # of Q4_K, in the engine
+    disk: float
+    rows: Mapping[str, float]  # GB/s of the row kernels alone, by format
+
+    def of(self, kind: str) -> float:
+        """The engine's rate, for a format as much faster or slower as its row kernel is."""
+        return self.rate * self.rows[kind] / self.rows["Q4_K"] if kind in self.rows else self.rate
+
+
+def host_rates(machine: Machine, act: str, threads: int) -> HostRates:
+    """Of the profile's measurements those with these threads, or the next fewer; of the table without a profile."""
+    measured, e = machine.measured, table("engines")["cpu"]
+    by_threads = measured.get(act, {})
+    counts = sorted((int(name[1:]) for name in by_threads), key=lambda n: (n > threads, -n))
+    found = by_threads[f"t{counts[0]}"] if counts else measured
+    rate = 1e9 * found["weights_gbps"] if "weights_gbps" in found else machine.ram_practical
+    disk = 1e9 * found["experts_from_disk_gbps"] if "experts_from_disk_gbps" in found else machine.disk_practical
+    return HostRates(found.get("layer_us", e["step_us"]), rate, disk, found.get("rows", {}))
+
+
+def disk_wait(model: Model, machine: Machine, hit_rate: float, host: HostRates) -> Term:
+    layers, k, expert = len(model.moe_layers), model.expert_used_count, model.expert_bytes
+    compute = expert / host.rate
+    wait = waiting(1 - hit_rate, k, expert / host.disk, compute)
+    text = (
+        f"{layers} layers x {1e6 * wait:.4g} us, the mean of max(0, m x {size_text(expert, 4)} / {host.disk / 1e9:.4g} "
+        f"GB/s - {k - 1} x {1e6 * compute:.4g} us), m of {k} missing, each with {1 - hit_rate:.3%}"
+    )
+    return Term("waiting for experts from disk", layers * wait, text)
 
 
 def _past(model: Model, placement: Placement, settings: Settings, depth: int, device: str) -> float:

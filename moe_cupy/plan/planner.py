@@ -20,7 +20,7 @@ from moe_cupy.plan.cost import (
 )
 from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.hits import Curve, curve_of
-from moe_cupy.plan.memory import SYSTEM_RAM, Settings, Use, all_pasts, use_of
+from moe_cupy.plan.memory import SYSTEM_RAM, Settings, Use, all_pasts, past_bytes, use_of
 from moe_cupy.plan.prompt import prefill
 from moe_cupy.plan.refuse import no_cache, past_in_host, too_full, warnings_on
 from moe_cupy.plan.rules import CPU, GPU, Override, Placement, cpu_moe, gpu_layers, n_cpu_moe, place
@@ -258,7 +258,8 @@ def host_plan(model: Model, machine: Machine, request: Request, curve: Curve | N
     room = machine.ram_bytes - SYSTEM_RAM - (model.nbytes - model.routed_bytes) - past
     slots = min(model.experts, int(max(0, room) // model.expert_bytes)) if model.experts else 0
     share = slots / model.experts if model.experts else 1.0
-    terms = host_decode(model, machine, curve(share))
+    read = sum(past_bytes(p, min(request.depth, settings.ctx), settings, read=True) for p in model.pasts)
+    terms = host_decode(model, machine, curve(share), past=read)
     steps = (f"dense part, KV and {slots} of {model.experts} experts ({share_text(share)}) in host memory",)
     choice = Choice(settings, placement, None, 0, None, terms, steps, model.remarks, slots, curve(share))
     return _finished(model, machine, request, curve, choice)

@@ -118,6 +118,11 @@ BUGS = [
     Bug("attention_prefill", SYNC, NONE, "numbers"),  # the next tile overwrites what others still read
     Bug("attention_prefill", SYNC, NONE, "races"),
     Bug("attention_prefill", "__syncwarp();", NONE, "races"),
+    Bug("resolve", SYNC, NONE, "races"),  # between the warps' candidates and the choice among them
+    Bug("resolve", SYNC, NONE, "races", which=3),  # between one expert's slot and the next one's
+    Bug("resolve", "n_slots; s +=", "n_slots + 1; s +=", "bounds"),
+    Bug("resolve_echo", SYNC, NONE, "races", which=1),  # between who leaves and whose slot it was
+    Bug("resolve_echo", SYNC, NONE, "races", which=3, file="echo.cuh"),  # between the slices and how many there are
     Bug("rms_norm", SYNC, NONE, "races", which=1, file="prelude.cuh"),  # block_sum's scratch is used again at once
     Bug("router", SYNC, NONE, "races", which=6),  # after the best has been taken
     Bug("delta_net", SYNC, NONE, "races", which=2),  # before the answers' partial sums are overwritten
@@ -173,6 +178,7 @@ def findings(bug: Bug, folder: Path) -> str:
     """What the suite says of a changed kernel; empty if nothing."""
     cases = cases_of(bug.stem)
     every = [one for case in cases for one in case.launches]
+    every = every or [one for one in other_launches() if sources.kernels()[one.kernel].unit.stem == bug.stem]
     stems = tuple(sorted({sources.kernels()[one.kernel].unit.stem for one in every}))
     flavour = {"races": RACES, "bounds": BOUNDS}.get(bug.seen_by, FAST)
     program = build(flavour, stems, folder, FEW_FORMATS)

@@ -23,6 +23,7 @@ from moe_cupy.engine import Engine
 from moe_cupy.engine.options import DECIDERS
 from moe_cupy.lab.record import Recorder
 from moe_cupy.lab.replay import replay
+from moe_cupy.store import StoreError
 from moe_ref.attention import softmax
 from tests.models import Shape, tiny_moe
 
@@ -198,6 +199,40 @@ def test_a_graph_waits_for_all_its_branches_or_is_refused(make):
         device.order(branch, stream)
         scale(stream=branch)
     device.close()
+
+
+def test_a_text_is_the_same_whoever_decides(model):
+    """Greedy, where only the largest logit comes to the host; where tokens halt, and where they do not."""
+    options: Any = {"device": "emulated", "cache": "slots:5", "ctx_size": 32}
+    with Engine(model, **options) as engine:
+        want = list(engine.generate_tokens(TOKENS[:5].tolist(), 9))
+    for more in ({}, {"host_cache": "slots:8", "prefetch": "next-gate"}):
+        with Engine(model, decode="device", **more, **options) as engine:
+            assert list(engine.generate_tokens(TOKENS[:5].tolist(), 9)) == want
+            assert (engine.stats.host_misses > 8) == bool(more)
+
+
+@pytest.mark.parametrize("at", [2, 9])
+def test_a_read_that_fails_in_a_halted_token_is_told_and_the_token_can_be_run_again(model, monkeypatch, at):
+    options: Any = {"decode": "device", "policy": "lru", "prefetch": "next-gate", "ctx_size": 32, "cache": "slots:4"}
+    with Engine(model, device="emulated", **options) as engine:
+        want = [engine.prefill(TOKENS[:3]), *(engine.decode(int(token)) for token in TOKENS[3:8])]
+    with Engine(model, device="emulated", host_cache="slots:5", **options) as engine:
+        store, calls, failures = engine.mover.store, [], 0
+        real, got = store.parts, [engine.prefill(TOKENS[:3])]
+
+        def failing(key: int, memory: Any) -> Any:
+            calls.append(key)
+            return real(key, memory) if len(calls) != at else [lambda: (_ for _ in ()).throw(StoreError("planted"))]
+
+        monkeypatch.setattr(store, "parts", failing)
+        for token in TOKENS[3:8]:
+            try:
+                got.append(engine.decode(int(token)))
+            except StoreError:
+                failures += 1
+                got.append(engine.decode(int(token)))
+    assert failures == 1 and np.array_equal(np.stack(got), np.stack(want))
 
 
 def no_position(engine: Engine) -> None:

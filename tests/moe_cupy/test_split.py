@@ -155,7 +155,8 @@ def test_a_product_of_heads_abroad_leaves_what_it_does_not_compute_as_it_is():
     """attn_k_b fills the first features of each head; the rotated ones behind them are somebody else's."""
     with Engine(MODEL, device="emulated", overrides="attn_k_b=CPU") as engine:
         half, c = engine.forward.halves[GPU], engine.config
-        half.begin(TOKENS[:2], engine.kv)
+        for one in (half, half.other):
+            one.begin(TOKENS[:2], engine.kv)
         linear, layer = engine.weights.layers[0].linears["attn_k_b"], c.layers[0]
         rank, rotated = c.mla.kv_lora_rank, layer.rope.n_rot
         x, out = (engine.device.array((2, layer.head_count, n), np.float32) for n in (layer.key_length, rank + rotated))
@@ -238,6 +239,11 @@ def test_what_is_resident_on_either_side_does_not_change_a_bit(tiny):
     with Engine(tiny, cache="100%", host_cache="100%", **options) as engine:
         full, steps = engine.logits(TOKENS), stepped(engine, TOKENS)
         assert engine.placement.slots == engine.placement.cpu.slots == 2 * 8
+        engine.reset_stats()
+        assert engine.stats.cpu_experts == engine.stats.misses == 0
+        engine.empty_cache()
+        stepped(engine, TOKENS[:1])
+        assert engine.stats.cpu_misses == engine.stats.misses == 2 * 2, "of each side's two layers"
     with pytest.raises(BudgetError):
         Engine(tiny, host_cache="slots:2", **options)
     with Engine(tiny, cache="slots:2", host_cache="slots:4", **options) as engine:
@@ -421,3 +427,15 @@ def test_observers_see_the_routes_of_both_sides(tiny):
             engine.forward.observe = lambda layer, r, to=seen[name]: to.append((layer, r.ids.tolist()))
             stepped(engine, TOKENS)
     assert seen["one"] == seen["two"] and {layer for layer, _ in seen["two"]} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("options", [PLACEMENTS[name] for name in ("-ngl 0", "-ngl 2", "--cpu-moe")], ids=str)
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_generated_text_is_that_of_the_host_device(tmp_path, options, kind):
+    """Greedy tokens, so the largest logit alone comes back; keys and values of either side in the same type."""
+    path = tiny_moe(tmp_path / "m.gguf", Shape(layers=3, experts=8, used=2, head=32, width=128), seed=5)
+    types = {"cache_type_k": kind, "cache_type_v": kind}
+    with Engine(path, device="host", **types) as engine:
+        want = list(engine.generate_tokens([1, 2, 3], 12))
+    with Engine(path, device="emulated", **types, **options) as engine:
+        assert list(engine.generate_tokens([1, 2, 3], 12)) == want

@@ -45,7 +45,8 @@ def experts(
         tokens_of = np.bincount(on_host.ravel(), minlength=wanted.max() + 1)
         crowd = int(tokens_of[wanted].max()), on_host.size / np.count_nonzero(tokens_of)
         if pays_tiles(all(is_rounded(work, w.type) for w in like), crowd[1]):
-            yield from by_expert(work, h, x, (tables, slot_of, ids), crowd, like, activation, extra, parts)
+            how = {"activation": activation, "extra": extra, "parts": parts}
+            yield from by_expert(work, h, x, (tables, slot_of, ids), crowd, like, **how)
             return
     inner = gate_up if gate[0].type == up[0].type else gate_then_up
     yield from inner(work, h, x, (tables, slot_of, ids), like[:2], activation, extra)
@@ -64,7 +65,7 @@ def extra_of(scales: Any, biases: Any, weights: Any) -> Extra:
 
 def by_expert(
     work: Workspace, h: Any, x: Any, where: tuple[Any, Any, Any], crowd: tuple[int, float],
-    like: tuple[Matrix, Matrix, Matrix], activation: str, extra: Extra, parts: Any,
+    like: tuple[Matrix, Matrix, Matrix], *, activation: str, extra: Extra, parts: Any,
 ) -> Launches:  # fmt: skip
     """The wanted pairs of parts [T, used, D], sorted by expert, by tiles of 32; the others are left alone.
 

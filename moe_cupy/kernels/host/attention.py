@@ -64,17 +64,16 @@ def oldest(position, window, chunked):
     cache=True,
 )
 def attention(q, past, factors, seen, out, first, last):
-    """Attention for (token, head) pairs first..last-1 of T*H.
+    """Attention for (head, token) pairs first..last-1 of H*T: any share of them has early and late tokens.
 
     ``past`` is k [S, G, K] and v [S, G, at least V] of the positions from ``at`` on, ``factors`` are scale [T] and
     sinks [H] or [0], ``seen`` is (n_past, at, window, chunked); q [T, H, K] at positions n_past.., out [T, H, V].
     """
     (k, v), (scale, sinks), (n_past, at, window, chunked) = past, factors, seen
-    heads = q.shape[1]
-    per_group = heads // k.shape[1]
+    tokens, per_group = q.shape[0], q.shape[1] // k.shape[1]
     scores = np.empty(k.shape[0], np.float32)
     for pair in range(first, last):
-        t, h = pair // heads, pair % heads
+        t, h = pair % tokens, pair // tokens
         low, high, g = oldest(n_past + t, window, chunked) - at, n_past + t + 1 - at, h // per_group
         seen_scores = scores[: high - low]
         top, total = scores_of(q[t, h], k[low:high], g, scale[t], seen_scores), np.float32(0)

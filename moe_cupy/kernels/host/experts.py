@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import numpy as np
 from numba import njit
@@ -137,17 +136,20 @@ def experts_rows(state, layer, x, routes, adjusted, parts):
             adjust(parts[tokens[p], ranks[p]], scales[2], biases[2], experts[i, 0])
 
 
-@lru_cache(256)
-def layer_jobs(act: str, *three: tuple[str, int, int]) -> np.ndarray:
-    """Jobs [3, JOB] of (type, rows, cols)."""
-    return np.stack([template(*one, act) for one in three])
+def layer_jobs(act: str, three: Sequence[Matrix]) -> np.ndarray:
+    """Jobs [3, JOB] of an expert's matrices, but for addresses; kept with the first."""
+    kept, key = three[0].prepared, f"layer {act}"
+    if key not in kept:
+        kept[key] = np.stack([template(w.type, w.rows, w.cols, act) for w in three])
+    return kept[key]
 
 
 def run_experts(crew: Crew, x: np.ndarray, routes: Routes, adjusted: Adjusted, parts: np.ndarray) -> None:
     """The op ``experts`` for matrices that ``products.takes``."""
     (ids, wanted, three), (activation, weights, scales, biases) = routes, adjusted
-    layer = layer_jobs(crew.act, *((w.type, w.rows, w.cols) for w in (several[0] for several in three)))
-    experts = np.array([wanted, *([address_of(w) for w in several] for several in three)]).T.copy()
+    layer = layer_jobs(crew.act, [several[0] for several in three])
+    each = zip(wanted.tolist(), *three, strict=True)
+    experts = np.array([(e, address_of(g), address_of(u), address_of(d)) for e, g, u, d in each])
     by_matrix = NO_SCALES
     if scales:
         ones = np.ones_like(next(iter(scales.values())))

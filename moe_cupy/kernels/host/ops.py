@@ -21,7 +21,8 @@ NONE = np.empty(0, np.float32)
 class Split(Protocol):
     """Splits a kernel's rows over threads; its crew does lists of products."""
 
-    crew: products.Crew
+    @property
+    def crew(self) -> products.Crew: ...
 
     def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None: ...
 
@@ -92,23 +93,22 @@ def linear_heads(
 # Rows and elements
 
 
-def norm(
-    split: Split,
-    x: np.ndarray,
-    weight: Vector,
-    epsilon: float,
-    out: np.ndarray,
-    bias: Vector = None,
-    centred: bool = False,
-) -> None:
+def norm_arguments(
+    x: np.ndarray, weight: Vector, epsilon: float, out: np.ndarray, bias: Vector = None, centred: bool = False
+) -> tuple[Any, ...]:
+    """Those of ``layer.norm`` for the op ``norm``."""
+    width, weight = x.shape[-1], _vector(weight)
+    counted = weight.size or width
+    rows, results = x.reshape(-1, width), out.reshape(-1, width)
+    return rows, counted, weight, _vector(bias), np.float32(epsilon), centred, results
+
+
+def norm(split: Split, x: np.ndarray, *given: Any, **named: Any) -> None:
     """out = x / sqrt(mean(x^2) + epsilon) * weight + bias over the last axis, of x less its mean if ``centred``.
 
     x and out [..., width]; a shorter weight normalises as many leading features, without one all.
     """
-    width, weight = x.shape[-1], _vector(weight)
-    rows = x.reshape(-1, width)
-    counted = weight.size or width
-    layer.norm(rows, counted, weight, _vector(bias), np.float32(epsilon), centred, out.reshape(-1, width))
+    layer.norm(*norm_arguments(x, *given, **named))
 
 
 def columns(split: Split, x: np.ndarray, first: int, out: np.ndarray, at: int, count: int) -> None:
@@ -258,8 +258,7 @@ def delta_rule(
 # Experts
 
 
-def route(
-    split: Split,
+def route_arguments(
     logits: np.ndarray,
     scale: float,
     renormalise: bool,
@@ -271,13 +270,18 @@ def route(
     bias: Vector = None,
     groups: int = 1,
     groups_used: int = 1,
-) -> None:
-    """Router logits [T, E] -> ids int32 [T, k], best first, and weights [T, k].
+) -> tuple[Any, ...]:
+    """Those of ``routing.route`` for the op ``route``."""
+    rule = (routing.GATINGS[gating], int(by_logit), groups, groups_used, int(renormalise))
+    return logits, _vector(bias), rule, np.float32(scale), ids, weights
+
+
+def route(split: Split, logits: np.ndarray, *given: Any, **named: Any) -> None:
+    """Router logits [T, E] -> ids int32 [T, k], best first, and weights [T, k]; see ``route_arguments``.
 
     ``bias`` [E] steers the selection alone, which is by probability or ``by_logit``, and within the best groups.
     """
-    rule = (routing.GATINGS[gating], int(by_logit), groups, groups_used, int(renormalise))
-    routing.route(logits, _vector(bias), rule, np.float32(scale), ids, weights)
+    routing.route(*route_arguments(logits, *given, **named))
 
 
 def experts(

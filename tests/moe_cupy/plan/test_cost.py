@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moe_cupy.plan.choose import make_plan
-from moe_cupy.plan.cost import offload_threshold, static_decode, total, waiting
+from moe_cupy.plan.cost import host_decode, host_rates, offload_threshold, static_decode, total, waiting
 from moe_cupy.plan.hardware import gpu_called, machine_called, pcie_bytes_s, practical, ram_bytes_s
 from moe_cupy.plan.hits import curve_of, replayed
 from moe_cupy.plan.memory import Settings, past_bytes, use_of
@@ -16,6 +16,7 @@ from moe_cupy.plan.planner import Request, cached_plan, static_plan
 from moe_cupy.plan.rules import GPU, cpu_moe, place
 from moe_cupy.plan.shapes import Past, preset
 from moe_cupy.plan.tables import table
+from moe_cupy.profile_command import profile_text
 
 MISSION = machine_called("rtx5080-128g")
 
@@ -153,3 +154,58 @@ def test_one_copy_an_expert_beats_three():
     speed = {way: cached_plan(model, MISSION, Request(), slots=600, way=way, misses="load").decode_tok_s
              for way in table("engines")["cache"]}  # fmt: skip
     assert speed["device-driven"] > speed["slabs"] > speed["host-driven"]
+
+
+PROFILE = """
+ram_gb = 24
+ram_bandwidth = 30
+cores = 2
+disk_read = 2
+[measured.q8.t1]
+layer_us = 200
+weights_gbps = 10
+experts_from_disk_gbps = 1.5
+[measured.q8.t1.rows]
+Q4_K = 20
+Q6_K = 10
+F32 = 40
+[measured.q8.t2]
+layer_us = 100
+weights_gbps = 20
+experts_from_disk_gbps = 2.5
+[measured.f32.t1]
+layer_us = 400
+weights_gbps = 2
+experts_from_disk_gbps = 1
+"""
+
+
+@pytest.mark.parametrize(("act", "threads", "layer_us"), [("q8", 1, 200), ("q8", 2, 100), ("q8", 16, 100),
+                                                          ("f32", 2, 400)])  # fmt: skip
+def test_a_host_is_predicted_by_what_was_measured_with_its_threads(tmp_path, act, threads, layer_us):
+    (tmp_path / "mine.toml").write_text(PROFILE)
+    assert host_rates(machine_called(str(tmp_path / "mine.toml")), act, threads).layer_us == layer_us
+
+
+def test_a_host_token_by_hand(tmp_path):
+    """Each format at the engine's rate times its row kernel's over Q4_K's; layers; nothing from disk at 100 %."""
+    (tmp_path / "mine.toml").write_text(PROFILE)
+    machine, model = machine_called(str(tmp_path / "mine.toml")), preset("qwen3-30b-a3b")
+    read = {"Q4_K": 0.0, "Q6_K": 0.0, "F32": 0.0}
+    for tensor in model.tensors:
+        used = 8 / 128 if tensor.part == "routed" else 1 / 151936 if tensor.part == "embedding" else 1
+        read[tensor.type] += tensor.nbytes * used
+    seconds = read["Q4_K"] / 10e9 + read["Q6_K"] / 5e9 + read["F32"] / 20e9 + 48 * 200e-6
+    assert total(host_decode(model, machine, 1.0, 1)) == pytest.approx(seconds)
+    assert total(host_decode(model, machine, 0.9, 1)) > seconds
+
+
+def test_a_measured_profile_is_read_back(tmp_path):
+    """What ``doctor --write`` writes, as ``plan --hardware`` reads it."""
+    rates = {"layer_us": 250.0, "weights_gbps": 9.0, "experts_from_disk_gbps": 1.6, "rows": {"Q4_K": 15.0, "F32": 20.0}}
+    (tmp_path / "mine.toml").write_text(profile_text({"q8": {"t1": rates, "t2": rates}}))
+    machine = machine_called(str(tmp_path / "mine.toml"))
+    found = host_rates(machine, "q8", 2)
+    assert (found.layer_us, found.rate, found.disk) == pytest.approx((250, 9e9, 1.6e9))
+    assert found.of("F32") == pytest.approx(12e9) and machine.disk_practical == pytest.approx(1.6e9)
+    assert machine.ram_practical == pytest.approx(20e9)

@@ -89,18 +89,18 @@ BLOCKS: dict[str, BlockDecoder] = {
 
 
 def f32(code: Code, isa: Portable, at: Address) -> Value:
-    return code.read(vector(F32, 8), at)
+    return code.read(vector(F32, 16), at)
 
 
 def bf16(code: Code, isa: Portable, at: Address) -> Value:
-    given = code.read(vector(I16, 8), at)
+    given = code.read(vector(I16, 16), at)
     return code.bitcast(code.left(code.zext(given, like(given, I32)), 16), like(given, F32))
 
 
 def f16(code: Code, isa: Portable, at: Address) -> Value:
-    return isa.half(code, code.read(vector(I16, 8), at))
+    return isa.half(code, code.read(vector(I16, 16), at))
 
 
-FLOATS: dict[str, tuple[int, Callable[[Code, Portable, Address], Value]]] = {  # bytes a weight, 8 weights as float32
+FLOATS: dict[str, tuple[int, Callable[[Code, Portable, Address], Value]]] = {  # bytes a weight, 16 weights as float32
     "F32": (4, f32), "F16": (2, f16), "BF16": (2, bf16),
 }  # fmt: skip

@@ -59,6 +59,10 @@ class Portable:
         pairs = self.pairs(code, codes, x)
         return self.scaled(code, None, pairs, constant(pairs.type, 1))
 
+    def signed_fours(self, code: Code, codes: Value, x: Value) -> Value:
+        """int32 [8], sums of four products of signed codes."""
+        return self.fours(code, self.sizes(code, codes), self.signed_by(code, x, codes))
+
     def packed_fours(self, code: Code, codes: Sequence[Value], x: Sequence[Value]) -> Value:
         """Two times: codes below 16 and x, 128 bytes -> sums of four products, those of the last 64 bytes added.
 
@@ -180,6 +184,13 @@ class Avx512(Avx2):
     def fours(self, code: Code, codes: Value, x: Value) -> Value:
         total = constant(vector(I32, codes.type.count // 4), 0)
         return code.call_llvm(f"llvm.x86.avx512.vpdpbusd.{8 * codes.type.count}", total.type, total, codes, x)
+
+    def signed_fours(self, code: Code, codes: Value, x: Value) -> Value:
+        if codes.type.count == 32:
+            return super().signed_fours(code, codes, x)
+        raised = self.fours(code, code.xor(codes, constant(codes.type, -128)), x)  # codes + 128 are unsigned
+        own = code.pick(x, range(32))  # all rows meet the same
+        return code.sub(raised, code.for_all(self.fours(code, constant(own.type, -128), own)))
 
     def packed_fours(self, code: Code, codes: Sequence[Value], x: Sequence[Value]) -> Value:
         if code.rows > 1:

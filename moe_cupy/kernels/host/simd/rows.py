@@ -29,8 +29,9 @@ from moe_cupy.kernels.host.simd.nibbles import BY_HALVES, LANES, add_q4_k
 from moe_cupy.kernels.host.simd.superblocks import SUPER_BLOCKS, SuperBlock
 from moe_ref.quants import BY_NAME
 
-EIGHT = vector(F32, 8)
+SIXTEEN = vector(F32, 16)
 AHEAD = 4096  # bytes of weights that are asked for before they are needed
+AT_ONCE = 4  # blocks of 32 that a loop takes with a single vector: what it does beside them is then done once for four
 ARGUMENTS = ("w", "row_bytes", "blocks", "values", "steps", "sums", "results", "offset", "rows")
 Sums = Sequence[Sequence[Value]]  # for each column, the places of its running sums
 Add = Callable[[Code, Address, Sequence[Value], Sums], None]  # block, parts of the panel
@@ -86,13 +87,12 @@ def small_block(kind: str, isa: Portable) -> Add:
     def add(code: Code, at: Address, panel: Sequence[Value], sums: Sums) -> None:
         block, (values, steps, block_sums) = BLOCKS[kind](code, isa, at), panel
         signed = block.base is None
-        size = isa.sizes(code, block.codes) if signed else block.codes
+        fours = isa.signed_fours if signed else isa.fours
         for c, (place,) in enumerate(sums):
             x = code.for_all(code.read(BYTES, values, 32 * c))
-            x = isa.signed_by(code, x, block.codes) if signed else x
             step = code.splat(code.read(F32, steps, 4 * c), code.rows)
             factor = code.each(code.fmul(block.d, step), [0] * 8)
-            result = code.multiply_add(code.float_of(isa.fours(code, size, x)), factor, code.load(place))
+            result = code.multiply_add(code.float_of(fours(code, block.codes, x)), factor, code.load(place))
             if not signed:  # into the first lane, as all that is left of the block
                 base = code.fmul(block.base, code.splat(code.read(F32, block_sums, 4 * c), code.rows))
                 result = code.fadd(result, code.each(base, [0, *[1] * 7], constant(base.type, 0)))
@@ -106,12 +106,11 @@ def float_block(kind: str, isa: Portable) -> Add:
     size, decode = FLOATS[kind]
 
     def add(code: Code, at: Address, panel: Sequence[Value], sums: Sums) -> None:
-        weights = [decode(code, isa, code.at(at, 8 * i * size)) for i in range(4)]
+        weights = [decode(code, isa, code.at(at, 16 * i * size)) for i in range(2)]
         for c, (place,) in enumerate(sums):
-            x = [code.for_all(code.read(EIGHT, panel[0], 128 * c + 32 * i)) for i in range(4)]
-            first = code.multiply_add(weights[1], x[1], code.fmul(weights[0], x[0]))
-            second = code.multiply_add(weights[3], x[3], code.fmul(weights[2], x[2]))
-            code.store(code.fadd(code.load(place), code.fadd(first, second)), place)
+            x = [code.for_all(code.read(SIXTEEN, panel[0], 128 * c + 64 * i)) for i in range(2)]
+            first = code.multiply_add(weights[0], x[0], code.load(place))
+            code.store(code.multiply_add(weights[1], x[1], first), place)
 
     return add
 
@@ -136,14 +135,40 @@ def _adder(kind: str, isa: Portable) -> tuple[Add, tuple[int, ...], int]:
     if kind in BY_HALVES:
         return partial(add_q4_k, isa), LANES, 1
     builder = super_block if kind in SUPER_BLOCKS else small_block if kind in BLOCKS else float_block
-    return builder(kind, isa), (8,), isa.rows
+    return builder(kind, isa), (16 if kind in FLOATS else 8,), isa.rows
+
+
+def add_several(
+    code: Code, add: Add, moving: Sequence[Value], steps: Sequence[int], sums: Sums, *, offsets: Sequence[Value],
+    times: int, ahead: Value,
+) -> None:  # fmt: skip
+    """Add ``times`` blocks of the rows at ``offsets`` from where weights and panel stand, and move on behind them."""
+    start, *parts = (code.load(place) for place in moving)
+    rows = [code.at(start, offset) for offset in offsets]
+    ask_ahead(code, tuple(rows), ahead, times * steps[0])
+    for i in range(times):
+        at = tuple(code.at(row, i * steps[0]) for row in rows)
+        add(code, at, [code.at(part, i * size) for part, size in zip(parts, steps[1:], strict=True)], sums)
+    for place, step in zip(moving, steps, strict=True):
+        code.advance(place, times * step)
+
+
+def turns_of(times: int) -> list[tuple[int, Callable[[Code, Value], Value]]]:
+    """How many blocks a loop takes at a time, and how often: ``times`` each, then what is left one by one."""
+    if times == 1:
+        return [(1, lambda code, blocks: blocks)]
+    return [
+        (times, lambda code, blocks: code.udiv(blocks, code.number(times))),
+        (1, lambda code, blocks: code.urem(blocks, code.number(times))),
+    ]
 
 
 def row_kernel(kind: str, isa: Portable, columns: int) -> str:
     """LLVM text of ``rows`` (``ARGUMENTS``): result[c][r] = W[r] . x[c] for ``rows`` rows from ``w`` on."""
     add, lanes, at_once = _adder(kind, isa)
-    at_once, (block_bytes, sizes) = at_once if columns == 1 else 1, block_sizes(kind)
+    at_once, (block_bytes, sizes) = at_once if columns == 1 or kind in FLOATS else 1, block_sizes(kind)
     steps = [block_bytes, *(columns * size for size in sizes)]
+    turns = turns_of(AT_ONCE if kind in BLOCKS and columns == 1 else 1)
 
     def body(code: Code, arguments: Sequence[Value]) -> None:
         w, row_bytes, blocks, *panel, results, offset, rows = arguments
@@ -160,13 +185,10 @@ def row_kernel(kind: str, isa: Portable, columns: int) -> str:
             here = [code.number(0)] * at_once  # from the first row to each; the last may be alone and is done twice
             if at_once > 1:
                 here[1] = code.select(code.icmp_signed(">", code.load(left), code.number(1)), code.number(1), here[0])
-            with code.loop(blocks):
-                start, *parts = (code.load(place) for place in moving)
-                at = tuple(code.at(start, code.mul(which, row_bytes)) for which in here)
-                ask_ahead(code, at, ahead, block_bytes)
-                add(code, at, parts, sums)
-                for place, step in zip(moving, steps, strict=True):
-                    code.advance(place, step)
+            for times, count in turns:
+                with code.loop(count(code, blocks)):
+                    offsets = [code.mul(which, row_bytes) for which in here]
+                    add_several(code, add, moving, steps, sums, offsets=offsets, times=times, ahead=ahead)
             for c, places in enumerate(sums):
                 y = code.at(code.read(I64, results, 8 * c), code.load(out))
                 for which, total in zip(here, code.totals([code.load(place) for place in places]), strict=True):
