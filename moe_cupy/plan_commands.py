@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,8 +277,14 @@ def placement_lines(args: argparse.Namespace) -> list[str]:
     model = model_called(args.model, None)
     gpu_layers(args.n_gpu_layers, model.layers)
     lines = ["placement flags given by hand: --fit is off"] if args.fit == "on" else []
-    for rule in args.overrides[:: max(1, len(args.overrides) - 1)]:  # the first and the last say enough
-        found = [t for t in model.tensors if rule.found_in(t.name)]
-        lines.append(f"{rule.flag} {rule.pattern}={rule.device}: {len(found)} tensors, "
-                     f"{size_text(sum(t.nbytes for t in found))}")  # fmt: skip
-    return lines
+    rule_of = {t.name: next((r for r in args.overrides if r.found_in(t.name)), None) for t in model.tensors}
+    found: dict[str, list[int]] = {}
+    for rule in args.overrides:  # those of --n-cpu-moe differ in the layer alone: one line
+        called = f"{rule.flag} {rule.pattern}={rule.device}" if rule.flag == "-ot" else rule.flag
+        found.setdefault(called, []).extend(t.nbytes for t in model.tensors if rule_of[t.name] is rule)
+    return lines + [f"{called}: {counted(sizes)}" for called, sizes in found.items()]
+
+
+def counted(sizes: Sequence[int]) -> str:
+    """Tensors of these bytes, as a person reads them."""
+    return f"{len(sizes)} tensor{'s' * (len(sizes) != 1)}, {size_text(sum(sizes))}"

@@ -33,33 +33,33 @@ class Request:
     slots: int | None = None
 
 
-def parse_cache(text: str) -> Request:
-    """Read ``2GiB`` (units are powers of 1024), ``25%`` or ``slots:48``. Raises BudgetError."""
+def parse_cache(text: str, flag: str = "--cache") -> Request:
+    """Read ``2GiB`` (units are powers of 1024), ``25%`` or ``slots:48``. Raises BudgetError, which names ``flag``."""
     text = text.strip()
     if len(text) > LONGEST:
-        raise BudgetError(f"--cache {text[:LONGEST]}…: {len(text)} characters are no size")
+        raise BudgetError(f"{flag} {text[:LONGEST]}…: {len(text)} characters are no size")
     if match := re.fullmatch(r"slots:(\d+)", text, re.IGNORECASE):
         return Request(slots=int(match[1]))
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
         share = Fraction(match[1]) / 100
         if share > 1:
-            raise BudgetError(f"--cache {text}: more than all experts; use at most 100%")
+            raise BudgetError(f"{flag} {text}: more than all experts; use at most 100%")
         return Request(share=share)
     if match := _BYTES.fullmatch(text):
         return Request(nbytes=int(Fraction(match[1]) * _UNITS[match[2].lower()]))
-    raise BudgetError(f"--cache {text!r}: expected bytes (2GiB, 512MiB), a share (25%) or slots (slots:48)")
+    raise BudgetError(f"{flag} {text!r}: expected bytes (2GiB, 512MiB), a share (25%) or slots (slots:48)")
 
 
-def allot(request: Request, classes: Sequence[SizeClass], at_once: int) -> list[int]:
+def allot(request: Request, classes: Sequence[SizeClass], at_once: int, flag: str = "--cache") -> list[int]:
     """Slots of each class: at least ``at_once`` (a token's experts of one layer), then equal shares filled.
 
-    Raises BudgetError if even the minimum does not fit, naming the smallest request that does.
+    Raises BudgetError if even the minimum does not fit, naming ``flag`` and the smallest request that does.
     """
     slots = [min(at_once, c.experts) for c in classes]
     price = [c.slot_bytes if request.nbytes is not None else 1 for c in classes]
     left = _limit(request, classes) - sum(n * p for n, p in zip(slots, price, strict=True))
     if left < 0:
-        raise BudgetError(_too_small(request, classes, slots))
+        raise BudgetError(f"{flag} of {_too_small(request, classes, slots)}")
     while True:
         open_classes = [i for i, c in enumerate(classes) if slots[i] < c.experts and price[i] <= left]
         if not open_classes:
@@ -86,6 +86,6 @@ def _too_small(request: Request, classes: Sequence[SizeClass], slots: Sequence[i
         f" in each of the {len(classes)} slab sizes of this file" if len(classes) > 1 else ""
     )
     return (
-        f"--cache of {asked} is too small: {why} must be resident together; "
+        f"{asked} is too small: {why} must be resident together; "
         f"the smallest that works is slots:{count} = {nbytes} bytes = {percent:g}% of {total} experts"
     )

@@ -18,6 +18,7 @@ from moe_cupy.store import ExpertStore, Layout, open_repacked
 from moe_ref.gguf import GGUFFile
 
 MakePolicy = Callable[[Geometry], Policy]
+HOST_CACHE = "--host-cache"
 AUTO_SHARE_OF_FREE = 0.6  # of free memory that --cache auto takes for experts
 
 
@@ -68,6 +69,9 @@ class Placement:
             ]
         if self.host_slots:
             lines.append(f"page-locked  {'':9}      {self.host_slots} of {self.experts} experts, between the two")
+        if not self.experts and self.cpu and self.cpu.experts:
+            lines.append("expert cache                none: the CPU computes all experts; --cache has no effect, "
+                         "--host-cache bounds them")  # fmt: skip
         return lines + (self.cpu.lines() if self.cpu else [])
 
 
@@ -141,7 +145,7 @@ def cache_request(
 ) -> tuple[Request, str]:
     """A ``--cache`` value as a request, and a sentence about it; "auto" takes what free memory allows."""
     if text != "auto":
-        return parse_cache(text), f"{flag} {text}"
+        return parse_cache(text, flag), f"{flag} {text}"
     wanted = sum(c.experts * c.slot_bytes for c in classes)
     allowed = int(free_bytes * AUTO_SHARE_OF_FREE)
     why = f"auto: {AUTO_SHARE_OF_FREE:.0%} of {free_bytes / 2**30:.1f} GiB free"
@@ -225,8 +229,8 @@ def host_slots(stores: Sequence[ExpertStore], used: int, cache: str) -> list[lis
     """How many experts of each class of each store ``--host-cache`` lets be in host memory, all to the same share."""
     classes = [size_classes(store) for store in stores]
     every = [c for some in classes for c in some]
-    request, _ = cache_request(cache, every, free_and_total()[0], "--host-cache")
-    wanted = iter(allot(request, every, used))
+    request, _ = cache_request(cache, every, free_and_total()[0], HOST_CACHE)
+    wanted = iter(allot(request, every, used, HOST_CACHE))
     return [[next(wanted) for _ in some] for some in classes]
 
 

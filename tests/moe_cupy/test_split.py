@@ -23,6 +23,7 @@ from moe_cupy.engine import Engine
 from moe_cupy.engine.two_devices import Half
 from moe_cupy.plan import PlanError
 from moe_cupy.plan.rules import CPU, GPU, cpu_moe, n_cpu_moe, parse_overrides
+from moe_cupy.tools.report import side_by_side
 from moe_ref.gguf import open_gguf
 from moe_ref.model import Model
 from moe_ref.quants import FormatError
@@ -244,8 +245,10 @@ def test_what_is_resident_on_either_side_does_not_change_a_bit(tiny):
         engine.empty_cache()
         stepped(engine, TOKENS[:1])
         assert engine.stats.cpu_misses == engine.stats.misses == 2 * 2, "of each side's two layers"
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match=r"--host-cache of slots:2 is too small"):
         Engine(tiny, host_cache="slots:2", **options)
+    with pytest.raises(BudgetError, match=r"--host-cache 101%: more than all experts"):
+        Engine(tiny, host_cache="101%", **options)
     with Engine(tiny, cache="slots:2", host_cache="slots:4", **options) as engine:
         assert np.array_equal(engine.logits(TOKENS), full) and np.array_equal(stepped(engine, TOKENS), steps)
         assert engine.stats.evictions and engine.stats.cpu_misses > 8
@@ -254,6 +257,14 @@ def test_what_is_resident_on_either_side_does_not_change_a_bit(tiny):
         assert engine.stats.cpu_experts == 0
         stepped(engine, TOKENS[:1])
         assert engine.stats.cpu_experts == engine.stats.cpu_misses == 2 * 2
+
+
+def test_a_device_without_experts_reports_no_cache(tiny):
+    with Engine(tiny, device="emulated", overrides=n_cpu_moe(4), cache="slots:2") as engine:
+        engine.logits(TOKENS[:3])
+        said, report = "\n".join(engine.placement.lines()), side_by_side([("", engine.stats)])
+        assert "none: the CPU computes all experts; --cache has no effect" in said
+        assert "hit rate" not in report and "experts resident" not in report and "experts by the CPU" in report
 
 
 def test_experts_of_the_cpu_take_no_room_on_the_device(tiny):

@@ -12,7 +12,7 @@ from moe_ref.command import RequestError, check_writable, note
 
 def cmd_gpu_check(args: argparse.Namespace) -> int:
     """Kernels, models, copies and rates on this GPU: one JSON file and one page, in under eight minutes."""
-    from moe_cupy.device import open_device
+    from moe_cupy.device import DeviceError, missing_for_cuda, open_device
     from moe_cupy.tools.gpu_check import page, runner
     from moe_cupy.tools.gpu_check.sections import SECTIONS
 
@@ -23,6 +23,8 @@ def cmd_gpu_check(args: argparse.Namespace) -> int:
         runner.write_rows(request.only[0], request, Path(args.rows))
         return 0
     check_writable(Path(args.output).with_suffix(".json"))
+    if args.backend == "cuda" and (reason := missing_for_cuda()):
+        raise DeviceError(f"gpu-check: {reason}; --backend emulated --small tries the command itself on the CPU")
     open_device(args.backend)[0].close()  # says in one line what is missing
     report = runner.run_all(request, note)
     found = list(runner.wrongs(report))

@@ -259,7 +259,25 @@ def test_run_says_what_the_flags_mean_on_the_host_device(capsys, tmp_path):
     words = ["logits", file, "--tokens", "1,2", "-o", str(tmp_path / "x.npz"), "--device", "host", "--n-cpu-moe", "2"]
     assert main(words) == 0
     said = capsys.readouterr().err
-    assert "--fit is off" in said and "one memory: --n-cpu-moe has no effect" in said and "3 tensors" in said
+    assert "--fit is off" in said and "one memory: --n-cpu-moe has no effect" in said
+    assert "\n--n-cpu-moe: 6 tensors, " in said
+
+
+def test_run_says_of_every_rule_what_it_got(capsys, tmp_path):
+    """A tensor goes by the first rule that finds it, and counts there alone."""
+    words = ["logits", str(ARCHS / "olmoe.BF16.gguf"), "--tokens", "1,2", "-o", str(tmp_path / "x.npz"), "--device"]
+    rules = r"blk\.0\.ffn_up_exps=CPU,blk\.0\.ffn_.*_exps=CPU,exps=CPU,no_such=CPU"
+    assert main([*words, "host", "-ot", rules, "--n-cpu-moe", "1"]) == 0
+    said = [line.rpartition(", ")[0] for line in capsys.readouterr().err.splitlines() if "tensor" in line]
+    with open_model(ARCHS / "olmoe.BF16.gguf") as file:
+        left = sum("_exps" in name for name in file.tensors) - 3
+    assert said == [
+        r"-ot blk\.0\.ffn_up_exps=CPU: 1 tensor",
+        r"-ot blk\.0\.ffn_.*_exps=CPU: 2 tensors",
+        f"-ot exps=CPU: {left} tensors",
+        "-ot no_such=CPU: 0 tensors",
+        "--n-cpu-moe: 0 tensors",
+    ]
 
 
 def test_n_cpu_moe_of_a_deep_model_is_one_short_rule_elsewhere_and_planned_quickly():
