@@ -197,6 +197,7 @@ class Engine:
             device=self.device.name,
             policy=self.options.policy,
             prefetch=self.options.prefetch,
+            decode=self.options.decode if isinstance(self.forward, DrivenForward) else "host",
             cache_slots=self.placement.slots,
             cache_bytes=self.placement.cache_bytes,
             experts=self.placement.experts,

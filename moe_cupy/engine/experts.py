@@ -96,11 +96,15 @@ class ExpertMover:
         self.transport.wait(stream, ready, reason)
 
     def counters(self) -> dict[str, int]:
-        """Hits, misses, evictions and bytes over all size classes since they were last reset."""
+        """Hits, misses, evictions and bytes over all size classes since they were last reset.
+
+        A load is a hit of page-locked memory unless it had to be read first; it is not asked where the device decides.
+        """
         pools, before = self.cache.pools, self.transport.pools
+        loads, read = (sum(p.counters.misses + p.counters.prefetched for p in some) for some in (pools, before))
         return {
-            "host_hits": sum(p.counters.hits for p in before),
-            "host_misses": sum(p.counters.misses for p in before),
+            "host_hits": max(0, loads - read) if before else 0,
+            "host_misses": read,
             "hits": sum(p.counters.hits for p in pools),
             "misses": sum(p.counters.misses for p in pools),
             "evictions": sum(p.counters.evictions for p in pools),

@@ -30,6 +30,7 @@ class Stats:
     stall_us: int = 0  # compute waited for expert loads
     host_hits: int = 0  # of loads to a device with memory of its own: the expert was in page-locked memory
     host_misses: int = 0  # or had to be read from the file first
+    decode: str = "host"  # who decided what is loaded; of what the device decides, the stall is not known
     cpu_experts: int = 0  # experts that the CPU computed beside a device with memory of its own; not among the hits
     cpu_misses: int = 0  # of those, not in memory: read from the file first
 

@@ -175,7 +175,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
             f"{r['hit_rate']:.3f}",
             f"{r['bytes_per_token'] / 2**20:.2f}",
-            f"{r['stall_us'] / 1000 / tokens:.2f}",
+            "not known" if r["decode"] == "device" and r["n_gen"] else f"{r['stall_us'] / 1000 / tokens:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _footer(records)])

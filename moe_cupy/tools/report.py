@@ -13,24 +13,31 @@ ON_NONE = "-"  # a number that launches are given
 
 
 def _figures(s: Stats) -> list[tuple[str, str]]:
-    per_token = 1000 / max(1, s.tokens)
+    """Without experts of the device's own, what its cache did is left out."""
+    stall = f"{s.stall_us * 1e-3 / max(1, s.tokens):.2f} ms waiting for experts"
+    if s.decode == "device" and s.generated_tokens:
+        stall = "not known: copies are part of the device's graph"
     wasted = s.bytes_wasted / max(1, s.tokens)
     share = 100 * s.cache_slots / s.experts if s.experts else 100.0
-    return [
+    figures = [
         ("experts resident", f"{s.cache_slots} of {s.experts} ({share:.0f}%)"),
         ("cache memory", f"{s.cache_bytes / 2**20:.1f} MiB"),
         ("prompt", f"{s.prompt_tokens} tokens, {s.prompt_tok_s:.1f} tok/s"),
         ("decode", f"{s.generated_tokens} tokens, {s.decode_tok_s:.1f} tok/s"),
         ("hit rate", f"{s.hit_rate:.1%} ({s.hits} hits, {s.misses} misses, {s.late} late)"),
         ("read per token", f"{s.bytes_per_token / 2**20:.2f} MiB ({wasted / 2**20:.2f} wasted)"),
-        ("stall per token", f"{s.stall_us * 1e-6 * per_token:.2f} ms waiting for experts"),
+        ("stall per token", stall),
         ("policy, prefetch", f"{s.policy}, {s.prefetch}"),
     ]
+    return figures if s.experts or not s.cpu_experts else figures[2:4] + figures[6:]
 
 
 def side_by_side(columns: Sequence[tuple[str, Stats]]) -> str:
     """One column of figures for each (heading, stats)."""
     rows = [_figures(stats) for _, stats in columns]
+    if any(stats.host_hits + stats.host_misses for _, stats in columns):
+        for row, (_, s) in zip(rows, columns, strict=True):
+            row.append(("of those loads", f"{s.host_hits} from page-locked memory, {s.host_misses} from the file"))
     if any(stats.cpu_experts for _, stats in columns):
         for row, (_, s) in zip(rows, columns, strict=True):
             row.append(("experts by the CPU", f"{s.cpu_experts} ({s.cpu_misses} read from the file first)"))

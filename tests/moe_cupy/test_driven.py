@@ -24,6 +24,7 @@ from moe_cupy.engine.options import DECIDERS
 from moe_cupy.lab.record import Recorder
 from moe_cupy.lab.replay import replay
 from moe_cupy.store import StoreError
+from moe_cupy.tools.report import side_by_side
 from moe_ref.attention import softmax
 from tests.models import Shape, tiny_moe
 
@@ -207,7 +208,12 @@ def test_a_text_is_the_same_whoever_decides(model):
     for more in ({}, {"host_cache": "slots:8", "prefetch": "next-gate"}):
         with Engine(model, decode="device", **more, **options) as engine:
             assert list(engine.generate_tokens(TOKENS[:5].tolist(), 9)) == want
-            assert (engine.stats.host_misses > 8) == bool(more)
+            stats, report = engine.stats, side_by_side([("", engine.stats)])
+            assert (stats.host_misses > 8) == bool(more)
+            loaded = (stats.bytes_demand + stats.bytes_prefetch) // engine.mover.layout.slab_bytes(0)
+            assert stats.host_hits + stats.host_misses == loaded, "each load is counted once"
+            assert f"{stats.host_hits} from page-locked memory" in report
+            assert "stall per token   not known" in report, "copies are in the graph, where nobody times them"
 
 
 @pytest.mark.parametrize("at", [2, 9])
