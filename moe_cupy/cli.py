@@ -113,6 +113,8 @@ def cmd_run(args: argparse.Namespace) -> None:
             made.append(token)
             print(decoder.push(token), end="", flush=True)
         print(decoder.flush())
+        if engine.kv.length == engine.kv.capacity and len(made) != args.predict:
+            note(f"ended: the context of {engine.kv.capacity} tokens is full; raise -c")
         stats = engine.stats
         if args.json:
             from moe_cupy.tools.bench import Result, Test, as_record

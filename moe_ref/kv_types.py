@@ -107,7 +107,7 @@ def _check_blocks(layer: Layer, letter: str, kind: str, width: int) -> None:
     if kind in QUANTIZED and width % BLOCK:
         raise ValueError(
             f"-ct{letter} {kind.lower()}: its blocks of {BLOCK} do not divide the {width} numbers that layer "
-            f"{layer.index} caches of a head; use f32, f16 or bf16"
+            f"{layer.index} caches of a head; use f16 or f32"
         )
 
 

@@ -297,6 +297,12 @@ def test_a_flag_out_of_bounds_is_refused_by_name(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("context", "is_told"), [("4", True), ("64", False)])
+def test_a_text_that_ends_because_the_context_is_full_says_so(capsys, context, is_told):
+    assert cupy_main(["run", "-m", MODEL, "-p", "Once", "-n", "8", "-c", context, "--device", "host"]) == 0
+    assert ("ended: the context of 4 tokens is full; raise -c" in capsys.readouterr().err) == is_told
+
+
 def test_a_context_longer_than_the_model_was_made_for_is_told(capsys):
     for ctx, told in (("256", False), ("300", True)):
         assert cupy_main(["run", "-m", MODEL, "-p", "The", "-n", "1", "-c", ctx]) == 0

@@ -24,7 +24,7 @@ from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.options import DEFAULT_CONTEXT, Options
 from moe_cupy.engine.placement import Placement, open_stores, place_movers
-from moe_cupy.engine.split import second_device, split_model, without_effect
+from moe_cupy.engine.split import idle_threads, second_device, split_model, without_effect
 from moe_cupy.engine.stats import Stats
 from moe_cupy.engine.two_devices import TwoDevices
 from moe_cupy.engine.weights import check_formats, load_dense
@@ -67,6 +67,7 @@ class Engine:
         try:
             flags = o.n_gpu_layers, o.overrides
             self.split = split_model(self.file, self.views, self.device, *flags, self._second_device)
+            self.device_reason += idle_threads(o, self.split)
             check_formats(self.config, self.views, self.split)
             self._load()
         except BaseException:

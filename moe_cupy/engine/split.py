@@ -112,6 +112,12 @@ def second_device(options: Any) -> Device:
     return HostDevice(options.threads, options.act)
 
 
+def idle_threads(options: Any, split: Split) -> str:
+    """That -t does nothing where the CPU computes nothing, as the end of a sentence."""
+    idle = options.threads and CPU not in split.devices
+    return f"; -t {options.threads} has no effect: the CPU computes nothing" if idle else ""
+
+
 def without_effect(options: Any, device: Device) -> str:
     """What of the flags does nothing on a device whose memory is the host's, as the end of a sentence."""
     flags = [f"--host-cache {options.host_cache}"] if options.host_cache != "auto" else []

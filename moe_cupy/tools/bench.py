@@ -173,7 +173,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
             r["prefetch"],
             Test(r["n_prompt"], r["n_gen"], r["n_depth"]).name,
             f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
-            f"{r['hit_rate']:.3f}",
+            f"{r['hit_rate']:.3f}" if r["hits"] + r["misses"] else "-",
             f"{r['bytes_per_token'] / 2**20:.2f}",
             "not known" if r["decode"] == "device" and r["n_gen"] else f"{r['stall_us'] / 1000 / tokens:.2f}",
         ]

@@ -423,6 +423,19 @@ def test_the_host_device_takes_the_flags_and_says_that_they_do_nothing(tiny):
         Engine(tiny, device="host", n_gpu_layers="some")
 
 
+def test_threads_without_work_are_told(tiny):
+    with Engine(tiny, device="emulated", threads=2) as engine:
+        assert engine.device_reason.endswith("-t 2 has no effect: the CPU computes nothing")
+    with Engine(tiny, device="emulated", threads=2, overrides=n_cpu_moe(1)) as engine:
+        assert "effect" not in engine.device_reason
+
+
+def test_bench_shows_no_hit_rate_where_the_device_has_no_experts(tiny, capsys):
+    assert main(["bench", str(tiny), "-p", "2", "-n", "0", "-r", "1", "--device", "emulated", "--cpu-moe"]) == 0
+    head, _, row = (line.split("|") for line in capsys.readouterr().out.splitlines()[:3])
+    assert row[[cell.strip() for cell in head].index("hit rate")].strip() == "-"
+
+
 def test_bench_says_how_much_is_where(capsys):
     flags = ["bench", str(MODEL), "-p", "0", "-n", "2", "-r", "1", "-o", "json", "--device", "emulated", "-t", "1"]
     assert main([*flags, "-ngl", "3", "-ot", r"blk\.2.*exps=CPU"]) == 0
