@@ -69,7 +69,9 @@ class Placement:
             ]
         if self.host_slots:
             lines.append(f"page-locked  {'':9}      {self.host_slots} of {self.experts} experts, between the two")
-        if not self.experts and self.cpu and self.cpu.experts:
+        if not self.experts and not (self.cpu and self.cpu.experts):
+            lines.append("experts                     none in this file: what is asked of their cache has no effect")
+        elif not self.experts:
             lines.append("expert cache                none: the CPU computes all experts; --cache has no effect, "
                          "--host-cache bounds them")  # fmt: skip
         return lines + (self.cpu.lines() if self.cpu else [])

@@ -13,7 +13,7 @@ ON_NONE = "-"  # a number that launches are given
 
 
 def _figures(s: Stats) -> list[tuple[str, str]]:
-    """Without experts of the device's own, what its cache did is left out."""
+    """Without experts of the device's own, what its cache did is left out; without any, who decided too."""
     stall = f"{s.stall_us * 1e-3 / max(1, s.tokens):.2f} ms waiting for experts"
     if s.decode == "device" and s.generated_tokens:
         stall = "not known: copies are part of the device's graph"
@@ -29,7 +29,9 @@ def _figures(s: Stats) -> list[tuple[str, str]]:
         ("stall per token", stall),
         ("policy, prefetch", f"{s.policy}, {s.prefetch}"),
     ]
-    return figures if s.experts or not s.cpu_experts else figures[2:4] + figures[6:]
+    if s.experts:
+        return figures
+    return figures[2:4] + (figures[6:] if s.cpu_experts else [])
 
 
 def side_by_side(columns: Sequence[tuple[str, Stats]]) -> str:

@@ -9,6 +9,9 @@ from models import tiny_moe
 
 from moe_cupy import Engine
 from moe_cupy.engine.engine import EngineError
+from moe_cupy.engine.placement import Placement
+from moe_cupy.engine.stats import Stats
+from moe_cupy.tools.report import side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,10 @@ def test_a_bound_on_host_memory_that_cannot_hold_is_told(model):
         assert "--host-cache 50% has no effect" in engine.device_reason
     with Engine(model) as engine:
         assert "--host-cache" not in engine.device_reason
+
+
+def test_a_model_without_experts_reports_no_cache():
+    said = "\n".join(Placement(100, 0, 0, 0, 0, "", "no routed experts").lines())
+    report = side_by_side([("", Stats("host", "echo", "none", 0, 0, 0, prompt_tokens=2, prompt_seconds=0.5))])
+    assert "none in this file: what is asked of their cache has no effect" in said
+    assert [line.split()[0] for line in report.splitlines() if line] == ["prompt", "decode"]
