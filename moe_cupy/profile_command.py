@@ -27,7 +27,7 @@ from moe_cupy.lab.trace import RouteTrace
 from moe_cupy.plan.cost import waiting
 from moe_cupy.plan.shapes import Model, from_file
 from moe_cupy.plan.tables import PlanError, table
-from moe_ref.command import note, whole_file
+from moe_ref.command import check_writable, note, whole_file
 from moe_ref.split import open_model
 
 TOKENS, WARM = 64, 16  # decoded, and of these not timed
@@ -190,6 +190,7 @@ def efficiency(part: str, name: str) -> float:
 
 def write_profile(path: str, folder: str) -> None:
     """Measure and write; about half a minute and 400 MB of ``folder`` while it runs."""
+    check_writable(path)  # before minutes of measuring
     note("measuring with made-up models (half a minute; two on a busy machine)…")
     text = profile_text(measure(folder))
     with whole_file(path) as out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_cupy import profile_command
+from moe_cupy.__main__ import main
 from moe_cupy.plan import PlanError
 from moe_cupy.plan.shapes import from_file
 from moe_cupy.profile_command import USED, Run, made_up, undisturbed
@@ -37,6 +38,12 @@ def machine(monkeypatch, slowed: float = 1.0, waits: bool = True) -> None:
         return Run(model, seconds + model.layers * wait * waits, float(model.layers * USED))
 
     monkeypatch.setattr(profile_command, "decode", decode)
+
+
+def test_a_profile_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profile_command, "measure", lambda folder: pytest.fail("measured"))
+    assert main(["doctor", "--write", str(tmp_path / "none" / "p.toml")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_rates_are_found_again(files, monkeypatch):
