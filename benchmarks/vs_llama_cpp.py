@@ -147,8 +147,10 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
 def measure(args: argparse.Namespace) -> Iterator[Record]:
     """Pairs of runs, as they are done; a pair has one record a test."""
     with opened(args) as bench:
-        if args.threads > 1:
-            for setting in args.llama:
+        for setting in args.llama if args.threads > 1 else ():
+            if args.wait:
+                bench.waits[setting] = args.wait
+            else:
                 bench.choose_wait(setting)
         for pair in range(args.pairs):
             for setting in args.llama:
@@ -212,6 +214,7 @@ def parse() -> argparse.Namespace:
     add("--pairs", type=int, default=5)
     add("--memory-limit", help="25%% of the file, or bytes")
     add("--llama", type=lambda text: text.split(","), default=["best"], help="installed, plain, best (default)")
+    add("--wait", choices=("active", "passive"), help="OpenMP's way to wait with several threads (default: try both)")
     add("--ours", default="", help="more flags for this runtime, such as '--prefetch echo --store S'")
     add("--cache", default="", help="expert memory (default: all, or what the limit leaves)")
     add("--build", type=Path, help="folder of an existing libllama.so")
