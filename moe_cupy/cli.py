@@ -90,6 +90,11 @@ def open_engine(args: argparse.Namespace) -> Any:
     if engine.kv.capacity > engine.config.context_length:
         note(f"-c {engine.kv.capacity}: this model was made for {engine.config.context_length} tokens; "
              "what it writes beyond them is not to be trusted")  # fmt: skip
+    if args.threads:
+        from moe_cupy.device.host import usable_cores
+
+        if args.threads > usable_cores():
+            note(f"-t {args.threads}: there are {usable_cores()} cores; more threads than that are slower")
     return engine
 
 
@@ -114,7 +119,7 @@ def cmd_run(args: argparse.Namespace) -> None:
             print(decoder.push(token), end="", flush=True)
         print(decoder.flush())
         if engine.kv.length == engine.kv.capacity and len(made) != args.predict:
-            note(f"ended: the context of {engine.kv.capacity} tokens is full; raise -c")
+            note(f"stopped after {len(made)} tokens: the context of {engine.kv.capacity} is full (-c)")
         stats = engine.stats
         if args.json:
             from moe_cupy.tools.bench import Result, Test, as_record

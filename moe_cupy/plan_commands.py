@@ -27,6 +27,7 @@ from moe_cupy.plan.tables import DoesNotFit, table
 from moe_ref.command import add_model, note, number, print_json, read_text
 
 DEFAULT_HARDWARE = "rtx5080-128g"
+WAYS: dict[str, Any] = {"cache": cached_plan, "static": best_static}  # of --mode
 SUMMARY = "Where every tensor goes, how fast it will be and why, what would help, and the equivalent commands."
 
 
@@ -114,6 +115,9 @@ def cmd_plan(args: argparse.Namespace) -> None:
     """Plan, and show it as asked."""
     check_from_command(args)
     said = read_line(args.from_command) if args.from_command is not None else None
+    if said and not (said.model or args.model):
+        raise PlanError("--from-command: the line names no model; it needs -m FILE.gguf or -hf OWNER/NAME:QUANT, "
+                        "or name one before --from-command")  # fmt: skip
     model = model_called(said.model if said and not args.model else args.model, args.quant)
     machine = machine_of(args)
     request = replace(said.request, depth=args.depth, overfull=True) if said else request_of(args)
@@ -121,8 +125,10 @@ def cmd_plan(args: argparse.Namespace) -> None:
         machine = replace(machine, cores=args.cores or said.threads or machine.cores)
         if said.model and not args.model and said.model.endswith(".gguf"):
             model = replace(model, file=said.model)
-        if said.used:
-            model = replace(model, expert_used_count=min(said.used, model.expert_count))
+        model = replace(model, repository=said.repository if not args.model else ())
+        if said.request.used:
+            model = replace(model, expert_used_count=min(said.request.used, model.expert_count))
+        args.windows |= said.windows
     curve = curve_from(args.routes, model) if args.routes else None
     try:
         plan = planned(model, machine, request, curve, "as given" if said else args.mode)
@@ -166,7 +172,7 @@ def show(args: argparse.Namespace, plan: Plan, curve: Curve | None) -> None:
     if not args.json or args.tensors or args.explain:
         if args.tensors or args.from_command:
             print("\n".join(tensor_lines(plan)) + "\n")
-        advice = () if plan.too_full else advise(plan, curve)
+        advice = () if plan.too_full else advise(plan, curve, way=WAYS.get(args.mode, make_plan))
         print(text(plan, advice, args.explain, windows=args.windows))
     if args.json:
         print_json(as_json(plan, args.windows))
@@ -244,10 +250,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def planned(model: Model, machine: Machine, request: Request, curve: Curve | None, mode: str) -> Plan:
-    if mode == "best":
-        return make_plan(model, machine, request, curve)
-    ways = {"cache": cached_plan, "static": best_static, "as given": static_plan}
-    return ways[mode](model, machine, request, curve)
+    return (WAYS | {"best": make_plan, "as given": static_plan})[mode](model, machine, request, curve)
 
 
 def curve_from(path: str, model: Model) -> Curve:

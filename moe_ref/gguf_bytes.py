@@ -133,7 +133,8 @@ class Source:
             self.file = FileIO(self.path, opener=_open_without_waiting)
             status = os.fstat(self.file.fileno())
         except (OSError, ValueError, TypeError) as error:
-            raise _fault(path, "file", error, "a readable GGUF file", "check the path") from error
+            found = getattr(error, "strerror", None) or error
+            raise _fault(path, "file", found, "a readable GGUF file", "check the path") from error
         self.size, self._lock = status.st_size, threading.Lock()
         if not stat.S_ISREG(status.st_mode):
             self.file.close()

@@ -27,15 +27,16 @@ class Advice:
     gain: float  # times as fast
 
 
+Way = Callable[[Model, Machine, Request, Curve | None], Plan]
 Change = tuple[str, Callable[[], tuple[Model, Machine, Request]]]
 
 
-def advise(plan: Plan, curve: Curve | None = None, count: int = 3) -> list[Advice]:
-    """The ``count`` changes that help decoding most, best first."""
+def advise(plan: Plan, curve: Curve | None = None, count: int = 3, way: Way = make_plan) -> list[Advice]:
+    """The ``count`` changes that help decoding most, best first; ``way`` plans each, as the plan itself was made."""
     found = []
     for text, changed in changes(plan):
         try:
-            other = make_plan(*changed(), curve)
+            other = way(*changed(), curve)
         except PlanError:
             continue
         gain = other.decode_tok_s / plan.decode_tok_s
@@ -64,8 +65,13 @@ def changes(plan: Plan) -> Iterator[Change]:
                lambda: (model, machine, replace(request, ubatch=small)))  # fmt: skip
     lower = LOWER_QUANT.get(model.quant)
     if lower and model.name in table("models"):
-        yield f"{lower} instead of {model.quant}", lambda: (preset(model.name, lower), machine, request)
+        yield f"{lower} instead of {model.quant}", lambda: (requantized(model, lower), machine, request)
     yield from hardware_changes(plan)
+
+
+def requantized(model: Model, quant: str) -> Model:
+    """The same preset in other types; a line may have changed how many experts a token uses."""
+    return replace(preset(model.name, quant), expert_used_count=model.expert_used_count)
 
 
 def hardware_changes(plan: Plan) -> Iterator[Change]:

@@ -17,6 +17,7 @@ from moe_cupy.plan.shapes import Model, Tensor
 from moe_cupy.plan.tables import table
 
 THRESHOLD = 32  # tokens from which a batch over weights in host memory goes to the GPU (GGML_OP_OFFLOAD_MIN_BATCH)
+NEVER = 10**9  # the threshold where no batch is large enough (--no-op-offload)
 
 
 @dataclass(frozen=True, slots=True)

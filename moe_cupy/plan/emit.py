@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_cupy.plan.choose import best_static
+from moe_cupy.plan.cost import NEVER
 from moe_cupy.plan.planner import Plan
 from moe_cupy.plan.rules import CPU, DENSE_FFN, EXPERTS, Override
 from moe_cupy.plan.tables import DoesNotFit
@@ -34,7 +35,7 @@ def command(plan: Plan, engine: str, windows: bool = False) -> str:
     """The command that comes nearest to the plan; for ktransformers its YAML rules with the command above them."""
     if engine == "ktransformers":
         return ktransformers(plan, windows)
-    words = [("llama-server.exe" if windows else "llama-server"), "-m", model_file(plan)]
+    words = ["llama-server.exe" if windows else "llama-server", *(plan.model.repository or ("-m", model_file(plan)))]
     ngl = plan.ngl + (plan.model.layers_behind if plan.ngl > 1 else 0)  # the last layers of a file count first
     words += ["-ngl", str(min(ngl, 99) if plan.ngl <= plan.model.layers else 99), *placement_words(plan, engine)]
     s = plan.settings
@@ -42,7 +43,7 @@ def command(plan: Plan, engine: str, windows: bool = False) -> str:
     words += ["-fa", "on"] if engine == "llama.cpp" else ["-fa"]
     if (s.ctk, s.ctv) != ("f16", "f16"):
         words += ["-ctk", s.ctk, "-ctv", s.ctv]
-    words += ["-t", str(plan.machine.cores)]
+    words += [*asked_words(plan, engine), "-t", str(plan.machine.cores)]
     if engine == "ik_llama.cpp":
         words += ["-fmoe", *(["-mla", "3"] if any(p.mixer == "mla" for p in plan.model.pasts) else [])]
         words += ["--no-mmap"] if not plan.disk_bytes else []
@@ -51,6 +52,18 @@ def command(plan: Plan, engine: str, windows: bool = False) -> str:
     if engine == "llama.cpp" and plan.machine.gpu:
         words += ["--fit", "off"]
     return quote(words, windows)
+
+
+def asked_words(plan: Plan, engine: str) -> list[str]:
+    """What a line asked for beside places, and was planned with."""
+    request, words = plan.request, []
+    if request.kv_on_host:
+        words.append("-nkvo")
+    if request.threshold >= NEVER and engine == "llama.cpp":
+        words.append("--no-op-offload")
+    if request.used:
+        words += ["--override-kv", f"{plan.model.architecture}.expert_used_count=int:{plan.model.expert_used_count}"]
+    return words
 
 
 def model_file(plan: Plan) -> str:
@@ -85,10 +98,14 @@ def numbers_below(n: int) -> str:
     tens, rest = divmod(n, 10)
     if n > 100:
         return "|".join(map(str, range(n)))
-    parts = [f"[0-{min(n, 10) - 1}]"]
-    parts += [f"[1-{tens - 1}][0-9]"] * (tens > 1)
-    parts += [f"{tens}[0-{rest - 1}]"] * (tens > 0 and rest > 0)
+    parts = [_digits(0, min(n, 10) - 1)]
+    parts += [f"{_digits(1, tens - 1)}[0-9]"] * (tens > 1)
+    parts += [f"{tens}{_digits(0, rest - 1)}"] * (tens > 0 and rest > 0)
     return "|".join(parts)
+
+
+def _digits(first: int, last: int) -> str:
+    return str(first) if first == last else f"[{first}-{last}]"
 
 
 def static_experts(plan: Plan) -> int:

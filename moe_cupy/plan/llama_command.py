@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
-from moe_cupy.plan.cost import THRESHOLD
-from moe_cupy.plan.llama_words import environment, program_and_flags, split_words
+from moe_cupy.plan.cost import NEVER, THRESHOLD
+from moe_cupy.plan.llama_words import LOOKS_WINDOWS, another_program, environment, program_and_flags, split_words
 from moe_cupy.plan.memory import MIB
 from moe_cupy.plan.planner import Request
 from moe_cupy.plan.rules import CPU, GPU, Override, cpu_moe, n_cpu_ffn, n_cpu_moe, parse_overrides
@@ -22,9 +22,9 @@ ON_OFF = {"on": "on", "1": "on", "true": "on", "enabled": "on", "off": "off", "0
 OPTIONAL_VALUE = {"fa": ON_OFF | {"auto": "auto", "-1": "auto"}, "fit": ON_OFF}
 IK_FLAGS = ("-fmoe", "-rtr", "-amb", "-mla", "-ser", "-ooae", "-no-ooae", "-no-fmoe", "-muge", "-mqkv", "-ger", "-gr",
             "-sas", "-smgs", "-khad", "-vhad", "-cuda", "-op", "-okv", "--fit-margin")  # fmt: skip
+NUMBERS = ("ngl", "ncmoe", "ncffn", "ctx", "ubatch", "batch", "threads")
 MOST_LAYERS = 4096
 DEFAULT_BATCH = 2048  # of -b; a -ub above it changes nothing
-NEVER = 10**9  # a batch so large that its host weights go to the card: none does
 
 
 @dataclass
@@ -33,7 +33,8 @@ class Command:
 
     model: str | None = None
     threads: int | None = None
-    used: int | None = None  # experts a token uses, where the line changes that
+    repository: tuple[str, ...] = ()  # -hf and -hff, where they name the model instead of -m
+    windows: bool = False  # whether it was written for cmd or PowerShell
     request: Request = field(default_factory=Request)
     engine: str = "llama.cpp"
     remarks: list[str] = field(default_factory=list)
@@ -87,12 +88,13 @@ def read_command(text: str) -> Command:
         fit_target=whole("-fitt", f.get("target", "1024").split(",")[0]) * MIB,
         fit_ctx=whole("-fitc", f.get("fit_ctx", "4096")), engine=engine,
         threshold=NEVER if "no_op_offload" in f else threshold, pageable=is_mapped(f),
-        kv_on_host="nkvo" in f,
+        kv_on_host="nkvo" in f, used=used_experts(f),
     )  # fmt: skip
     threads = f.get("threads", "")
-    made = Command(f.get("model") or file_of_repository(f), engine=engine, request=request, used=used_experts(f))
+    made = Command(f.get("model") or file_of_repository(f), engine=engine, request=request,
+                   repository=repository_words(f), windows=LOOKS_WINDOWS.search(text) is not None)  # fmt: skip
     made.threads = int(threads) if re.fullmatch(r"[1-9]\d{0,3}", threads) else None
-    made.remarks = [*remarks_on(said), *remarks_on_environment(around)]
+    made.remarks = [*another_program(before), *remarks_on(said), *remarks_on_environment(around)]
     return made
 
 
@@ -122,6 +124,8 @@ def _take(words: list[str], i: int, said: Said) -> int:
             said.no_matter.append(flag)
         return after
     name = spellings()[flag][0]
+    if name in NUMBERS and re.fullmatch(r"\d+([,-]\d+)+", value):
+        raise PlanError(f"--from-command: {flag} {value[:40]}: a list, as llama-bench takes; name one value of it")
     if name == "ot":
         said.overrides += parse_overrides(on_one_card(value, said), (CPU, GPU))
     elif name == "cmoe":
@@ -153,7 +157,11 @@ def _flag(words: list[str], i: int) -> tuple[str, str, int]:
 
 
 def on_one_card(rules: str, said: Said) -> str:
-    """Rules of -ot with the first card for every card, and page-locked host memory as the CPU's; cards are noted."""
+    """Rules of -ot with the first card for every card, and page-locked host memory as the CPU's; cards are noted.
+
+    llama-bench parts rules by semicolons.
+    """
+    rules = re.sub(r"(=[A-Za-z]+\d*(?:_Host)?);(?=.)", r"\1,", rules)
     said.cards |= set(re.findall(r"=((?:CUDA|ROCm|Vulkan|SYCL)[1-9]\d*)(?=,|$)", rules))
     rules = re.sub(r"=(?:CUDA|ROCm|Vulkan|SYCL)\d+(?=,|$)", f"={GPU}", rules)
     return re.sub(r"=(?:CUDA|ROCm|SYCL|Vulkan)_Host(?=,|$)", f"={CPU}", rules)
@@ -167,6 +175,13 @@ def file_of_repository(fields: dict[str, str]) -> str | None:
         return None
     name, _, quant = fields["hf"].rpartition("/")[2].partition(":")
     return re.sub(r"(?i)-gguf$", "", name) + (f"-{quant}" if quant else "") + ".gguf"
+
+
+def repository_words(fields: dict[str, str]) -> tuple[str, ...]:
+    """-hf, and -hff, as a command repeats them."""
+    if fields.get("model") or not fields.get("hf"):
+        return ()
+    return ("-hf", fields["hf"], *(("-hff", fields["hf_file"]) if "hf_file" in fields else ()))
 
 
 def is_mapped(fields: dict[str, str]) -> bool:

@@ -40,6 +40,14 @@ def program_and_flags(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:start], words[start:end]
 
 
+def another_program(before: list[str]) -> list[str]:
+    """A remark where the line starts a program that is none of theirs; [] for flags alone."""
+    words = [word for word in before if word not in ("set", "export", "sudo") and not ENVIRONMENT.fullmatch(word)]
+    if not words or any(PROGRAM.fullmatch(word) for word in words):
+        return []
+    return [f"{words[0][:60]}: no program of llama.cpp or ik_llama.cpp; its flags are read as if it were"]
+
+
 def environment(before: list[str]) -> dict[str, str]:
     """NAME=value words, with ``set``, ``export`` or ``$env:`` or without."""
     found = (ENVIRONMENT.fullmatch(word) for word in before)

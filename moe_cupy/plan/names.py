@@ -10,7 +10,9 @@ from moe_cupy.plan.tables import PlanError, table
 # Words that say nothing about a shape: who tuned, packed or quantized it, and when.
 FILLERS = re.compile(
     r"(instruct|thinking|chat|it|base|gguf|ud|mtp|hf|i1|imatrix|dynamic|bf16|v?0\.\d|v\d(\.\d)?|\d{4}|\d{5}|of|part\d*|"
-    r"unsloth|bartowski|ggml|org|mradermacher|lmstudio|community|mlx|abliterated|heretic|reap)"
+    r"unsloth|bartowski|ggml|org|mradermacher|lmstudio|community|mlx|abliterated|heretic|reap|"
+    r"qwen|zai|openai|meta|llama|google|moonshotai|deepseek|ai|mistralai|minimaxai|allenai|huihui|"  # OWNER_NAME.gguf
+    r"terminus|mix|smol|pure|r4|r8|\d+k|1m)"
 )
 
 
@@ -44,13 +46,19 @@ def model_named(text: str) -> tuple[str, str | None]:
     found, rest = longest_within(name)
     quant = quantization_in(rest)
     words = re.sub(re.escape(spelled(quant)), "", rest) if quant else rest
-    if found and all(FILLERS.fullmatch(word) for word in (w.strip(".") for w in words.split("-")) if word):
+    if found and all(map(is_filler, words.split("-"))):
         return names[found], tag or quant
     near = difflib.get_close_matches(name, names, 3, 0.3)
     hint = f"nearest: {', '.join(near)}; " if near else ""
     no_file = text.endswith(".gguf")
     what = "there is no such file, and its name is no preset's" if no_file else "neither a file nor a preset"
     raise PlanError(f"{text}: {what}; {hint}presets: {', '.join(sorted(table('models')))}")
+
+
+def is_filler(word: str) -> bool:
+    """Also of several parts, as in "abliterated.i1"."""
+    word = word.strip(".")
+    return not word or FILLERS.fullmatch(word) is not None or all(map(FILLERS.fullmatch, word.split(".")))
 
 
 def longest_within(name: str) -> tuple[str | None, str]:

@@ -50,6 +50,7 @@ class Request:
     threshold: int = THRESHOLD
     pageable: bool = False  # host weights stay memory-mapped
     kv_on_host: bool = False  # -nkvo
+    used: int | None = None  # experts a token uses, where a line changes that
     overfull: bool = False  # plan flags that put too much on the card, and say so, instead of refusing
 
     @property

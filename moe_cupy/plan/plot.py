@@ -33,7 +33,12 @@ def plot_sizes(model: Model, machine: Machine, request: Request, path: str, curv
         raise PlanError("--plot: needs matplotlib (pip install matplotlib)") from error
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     draw(figure.subplots(), model, machine, request, curve)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise PlanError(f"--plot {path}: cannot be written: {error.strerror}") from error
+    except ValueError as error:  # an ending that is no format
+        raise PlanError(f"--plot {path}: {error}") from error
 
 
 def draw(axes: Any, model: Model, machine: Machine, request: Request, curve: Curve | None = None) -> None:

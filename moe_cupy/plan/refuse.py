@@ -10,7 +10,7 @@ from moe_cupy.plan.cost import size_text
 from moe_cupy.plan.hardware import GIB, Machine
 from moe_cupy.plan.memory import MIB, PAD, SYSTEM_RAM, Settings, Use, use_of
 from moe_cupy.plan.rules import CPU, GPU, Override, Placement, cpu_moe, place
-from moe_cupy.plan.shapes import Model
+from moe_cupy.plan.shapes import ROUTED, Model
 from moe_cupy.plan.tables import DoesNotFit
 
 LEAST_CONTEXT = 1024  # a smaller one is no advice
@@ -96,7 +96,8 @@ def warnings_on(model: Model, placement: Placement, overrides: Sequence[Override
     if unused:
         patterns = ", ".join(sorted({f"{r.flag} {r.pattern}" for r in unused})[:3])
         told.append(f"{len(unused)} of {len(by_hand)} rules find no tensor of this model: {patterns}")
-    split = {t.layer for t in placement.on(CPU, model.tensors) if t.part == "dense" and t.layer is not None}
+    dense = [t for t in placement.on(CPU, model.tensors) if t.part == "dense" and not ROUTED.search(t.name)]  # no bias
+    split = {t.layer for t in dense if t.layer is not None}
     on_gpu = {i for i, at in enumerate(placement.pasts) if at == GPU}
     if split & on_gpu:
         told.append(f"dense tensors of layers {_few(split & on_gpu)} are in host memory though their attention is on "

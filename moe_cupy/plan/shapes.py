@@ -80,6 +80,7 @@ class Model:
     source: str = ""
     remarks: tuple[str, ...] = field(default=())
     file: str = ""  # what a command calls it, where that is known
+    repository: tuple[str, ...] = ()  # the flags that name it instead, as -hf OWNER/NAME:QUANT
     layers_behind: int = 0  # of the file, behind the trunk (nextn): not run, but counted by -ngl
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_cupy.device.host import usable_cores
 from moe_cupy.engine import Engine
 from moe_cupy.engine.stats import Stats
 from moe_cupy.plan.rules import CPU
@@ -190,4 +190,4 @@ def _footer(records: Sequence[dict[str, Any]]) -> str:
     cold = "cold: no expert is resident at the start of a repetition"
     how = first["direct_io"] or "no routed experts"
     page = "" if "O_DIRECT" in how or not first["experts"] else "; the system's page cache may hold the file"
-    return f"{warm if first['warm'] else cold}; {how}{page}; {cpu_name()}, {os.cpu_count()} cores"
+    return f"{warm if first['warm'] else cold}; {how}{page}; {cpu_name()}, {usable_cores()} cores"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_cupy.device import missing_for_cuda
+from moe_cupy.device.host import usable_cores
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.kernels.host.simd.isa import VARIABLE, chosen, usable
 from moe_cupy.store import RangeFile
@@ -82,7 +83,7 @@ def facts(folder: str) -> Iterator[tuple[str, str]]:
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     packages = ("numpy", "numba", "llvmlite", "tokenizers")
     yield "packages", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    yield "processor", f"{cpu_name()}, {os.cpu_count()} cores; {cpu_features()}"
+    yield "processor", f"{cpu_name()}, {usable_cores()} cores; {cpu_features()}"
     yield "instructions", f"{chosen().name}, of {', '.join(usable())}; {VARIABLE}=NAME in the environment forces one"
     free, total = (n / 2**30 for n in free_and_total())
     yield "memory", f"{total:.1f} GiB, {free:.1f} free; one-thread copy {memory_gbps():.1f} GB/s (read + write)"

@@ -328,3 +328,19 @@ def test_a_cache_that_costs_context_says_so_and_what_prompts_would_be_without_it
 def test_flags_that_place_nothing_are_said(capsys):
     plan = planned(capsys, "qwen3-30b-a3b", "--vram", "0", "-ngl", "99")
     assert any("place nothing" in w for w in plan["warnings"])
+
+
+def test_a_picture_that_cannot_be_written_is_a_sentence(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, hint in (("none/a.png", "cannot be written: No such file"), ("a.foo", "'foo' is not supported")):
+        path = str(tmp_path / name)
+        assert main(["plan", "deepseek-v2-lite", "--plot", path]) == 2
+        said = capsys.readouterr().err
+        assert hint in said and path in said and "Errno" not in said
+
+
+def test_advice_compares_plans_of_the_mode_that_was_asked_for(capsys):
+    """All of DeepSeek-V2-Lite fits the card: faster host memory gains nothing, though --mode static is quicker."""
+    assert main(["plan", "deepseek-v2-lite", "--mode", "cache"]) == 0
+    said = capsys.readouterr().out
+    assert "DDR5-6400" not in said and "-ctk q8_0" not in said

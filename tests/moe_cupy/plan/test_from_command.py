@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from moe_cupy.__main__ import main
 from moe_cupy.plan import PlanError
+from moe_cupy.plan.advice import changes
 from moe_cupy.plan.hardware import machine_called
 from moe_cupy.plan.llama_command import others, read_command, spellings
 from moe_cupy.plan.llama_words import split_words
 from moe_cupy.plan.memory import use_of
-from moe_cupy.plan.planner import static_plan
-from moe_cupy.plan.rules import GPU
+from moe_cupy.plan.planner import Request, static_plan
+from moe_cupy.plan.rules import GPU, cpu_moe
 from moe_cupy.plan.shapes import preset
 
 
@@ -133,7 +134,7 @@ def test_the_context_in_host_memory():
     ("--override-kv qwen3moe.expert_used_count=int:4", 4), ("-ser 6,1", 6), ("-ser 6,0.5", None), ("", None),
 ])  # fmt: skip
 def test_fewer_experts_a_token(more, used):
-    assert read_command(f"llama-server -m a.gguf {more}").used == used
+    assert read_command(f"llama-server -m a.gguf {more}").request.used == used
 
 
 def test_prompts_stay_on_the_cpu_without_op_offload():
@@ -211,3 +212,63 @@ def test_no_line_is_a_traceback(parts):
 def test_no_line_is_a_traceback_when_planned(parts):
     line = "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf " + " ".join(parts)
     assert main(["plan", "--from-command", line, "--json"]) in (0, 2)
+
+
+def test_the_command_keeps_what_the_line_asked_for_beside_places(capsys):
+    """Else the line that is printed would put the context on the card again."""
+    line = "llama-server -m Qwen3-30B-A3B-Q4_K_M.gguf -ngl 99 -ncmoe 48 -c 8192 -nkvo --no-op-offload"
+    line += " --override-kv qwen3moe.expert_used_count=int:4"
+    commands = planned(capsys, "--from-command", line)["commands"]
+    asked, again = read_command(line).request, read_command(commands["llama.cpp"]).request
+    assert (again.kv_on_host, again.threshold, again.used) == (True, asked.threshold, 4)
+    again = read_command(commands["ik_llama.cpp"]).request
+    assert again.kv_on_host and again.used == 4
+
+
+def test_other_types_are_compared_with_as_many_experts_a_token():
+    """Qwen3-30B with 4 experts a token instead of 8, in Q6_K: the advice of Q5_K_M is for 4 as well."""
+    model = replace(preset("qwen3-30b-a3b", "Q6_K"), expert_used_count=4)
+    plan = static_plan(model, MISSION, Request(ngl="99", overrides=cpu_moe()))
+    change = next(other for text, other in changes(plan) if text.startswith("Q5_K_M"))
+    assert change()[0].expert_used_count == 4
+
+
+def test_the_command_keeps_the_repository_of_the_line(capsys):
+    line = "llama-server -hf unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M -ncmoe 99"
+    words = shlex.split(planned(capsys, "--from-command", line)["commands"]["llama.cpp"])
+    assert "-m" not in words and words[words.index("-hf") + 1] == "unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M"
+
+
+def test_the_command_is_for_the_system_of_the_line(capsys):
+    line = r'llama-server.exe -m "D:\My Models\Qwen3-30B-A3B-Q4_K_M.gguf" -ncmoe 99'
+    command = planned(capsys, "--from-command", line)["commands"]["llama.cpp"]
+    assert command.startswith(r'llama-server.exe -m "D:\My Models\Qwen3-30B-A3B-Q4_K_M.gguf" ')
+
+
+def test_biases_of_experts_are_no_dense_tensors(capsys):
+    """llama.cpp's pattern for --n-cpu-moe finds them too, and nothing crosses the link for them."""
+    said = planned(capsys, "--from-command", "llama-server -m gpt-oss-120b.gguf -ngl 99 -ncmoe 36 --load-mode none")
+    assert not [line for line in said["warnings"] if "dense tensors" in line]
+    said = planned(capsys, "--from-command", "llama-server -m gpt-oss-120b.gguf -ngl 99 -ot attn_q=CPU,exps=CPU")
+    assert [line for line in said["warnings"] if "dense tensors" in line]
+
+
+def test_lines_of_llama_bench():
+    """It parts rules by semicolons, and takes several values of most flags."""
+    rules = read_command("llama-bench -m a.gguf -ot 'blk.1.ffn=CPU;exps=CUDA0'").request.overrides
+    assert [(r.pattern, r.device) for r in rules] == [("blk.1.ffn", "CPU"), ("exps", "CUDA0")]
+    with pytest.raises(PlanError, match="-ncmoe 10,20: a list"):
+        read_command("llama-bench -m a.gguf -ncmoe 10,20")
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ("koboldcpp --model a.gguf", True), ("python serve.py -m a.gguf", True), ("-m a.gguf", False),
+    ("sudo nice -n 5 ./llama-server -m a.gguf", False), ("LLAMA_ARG_NGL=3 llama-cli -m a.gguf", False),
+])  # fmt: skip
+def test_a_program_of_others_is_said(line, told):
+    assert any("no program of" in remark for remark in read_command(line).remarks) == told
+
+
+def test_a_line_without_a_model_says_what_it_lacks(capsys):
+    assert main(["plan", "--from-command", "ollama run qwen3:30b"]) == 2
+    assert "the line names no model" in capsys.readouterr().err

@@ -35,12 +35,20 @@ def test_each_model_of_the_list_is_found_however_it_is_spelled(name, spelling):
     ("C:\\models\\GLM-4.7-Flash-Q4_K_M.gguf", "glm-4.7-flash", "Q4_K_M"),
     ("/m/Mixtral-8x7B-Instruct-v0.1.Q8_0.gguf", "mixtral-8x7b", "Q8_0"),
     ("GLM-4.6", "glm-4.7", None),
+    ("Qwen_Qwen3-30B-A3B-Q5_K_M.gguf", "qwen3-30b-a3b", "Q5_K_M"),
+    ("zai-org_GLM-4.5-Air-Q6_K_L-00001-of-00003.gguf", "glm-4.5-air", "Q6_K_L"),
+    ("meta-llama_Llama-4-Scout-17B-16E-Instruct-Q4_K_M.gguf", "llama-4-scout", "Q4_K_M"),
+    ("Qwen3-235B-A22B-mix-IQ3_K-00001-of-00003.gguf", "qwen3-235b-a22b", "IQ3_K"),
+    ("DeepSeek-V3-0324-IQ4_K_R4-00001-of-00010.gguf", "deepseek-v3", "IQ4_K"),
+    ("Qwen3-30B-A3B-128K-UD-Q6_K_XL.gguf", "qwen3-30b-a3b", "UD-Q6_K_XL"),
+    ("Huihui-GLM-4.5-Air-abliterated.i1-Q4_K_M.gguf", "glm-4.5-air", "Q4_K_M"),
 ])  # fmt: skip
 def test_files_and_repositories(name, found, quant):
     assert model_named(name) == (found, quant)
 
 
-@pytest.mark.parametrize("name", ["qwen3-30b", "qwen3-30b-a3b-bogus", "Qwen3-30B-A3B-Q5", "glm-4", "glm-4.75", "", "-"])
+@pytest.mark.parametrize("name", ["qwen3-30b", "qwen3-30b-a3b-bogus", "Qwen3-30B-A3B-Q5", "glm-4", "glm-4.75", "", "-",
+                                  "DeepSeek-R1-Distill-Qwen-32B-Q4_K_M", "DeepSeek-R1-0528-Qwen3-8B-Q8_0"])  # fmt: skip
 def test_a_name_that_is_not_understood_is_refused_with_the_nearest(name):
     with pytest.raises(PlanError, match="presets: "):
         model_named(name)
