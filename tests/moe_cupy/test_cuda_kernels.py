@@ -158,11 +158,11 @@ def good_launch() -> Launch:
         (dict(block=48), "48 threads; a block is a multiple of 32 up to 256"),
         (dict(block=512), "512 threads"),
         (dict(grid=(1, 0, 1)), "all three must be at least 1"),
-        (dict(args=(None, None)), "2 arguments; it takes 3"),
-        (dict(args=(None, 3, 8)), "argument logits is a int; the kernel takes a pointer"),
-        (dict(args=(None, np.zeros((8, 2))[:, 0], 8)), "argument logits is not contiguous"),
-        (dict(args=(None, None, 2**31)), "argument n = 2147483648 does not fit in 32 bits"),
-        (dict(args=(None, None, None)), "argument n is a NoneType; the kernel takes a int"),
+        (dict(args=(None, None)), "2 arguments; it takes 4"),
+        (dict(args=(None, None, 3, 8)), "argument logits is a int; the kernel takes a pointer"),
+        (dict(args=(None, None, np.zeros((8, 2))[:, 0], 8)), "argument logits is not contiguous"),
+        (dict(args=(None, None, None, 2**31)), "argument n = 2147483648 does not fit in 32 bits"),
+        (dict(args=(None, None, None, None)), "argument n is a NoneType; the kernel takes a int"),
     ],
 )
 def test_a_wrong_launch_is_refused_before_it_runs(library, change, says):

@@ -86,6 +86,16 @@ def ties_to_the_higher_id(logits: Any, ids: Any, **buffers: Any) -> None:
     ids[...] = logits.shape[1] - 1 - ids
 
 
+def top_ties_to_the_higher_id(logits: Any, values: Any, ids: Any) -> None:
+    ops.top_k(ALONE, np.ascontiguousarray(logits[:, ::-1]), values, ids)
+    ids[...] = logits.shape[1] - 1 - ids
+
+
+def swap_last(values: Any, ids: Any, **_: Any) -> None:
+    for array in (values, ids):
+        array[:, -2:] = array[:, : -3 if array.shape[1] > 2 else None : -1].copy()
+
+
 def cut_to_half(new: np.ndarray, cache: np.ndarray, **_: Any) -> np.ndarray:
     cut = new.astype(cache.dtype)
     return np.where(np.abs(cut.astype(np.float32)) > np.abs(new), np.nextafter(cut, cut.dtype.type(0)), cut)
@@ -143,6 +153,11 @@ MISTAKES: list[tuple[str, str, Callable[..., None]]] = [
     ("sigmoid_gate", "the gate is multiplied with", lambda x, gate: np.multiply(x, gate, out=x)),
     ("sigmoid_gate", "rows share the first gate", change("sigmoid_gate", gate=lambda gate, **_: gate[:, :1].copy())),
     ("rope", "features before the first are turned", change("rope", first=lambda **_: 0)),
+    ("hadamard", "nothing is rotated", lambda **_: None),
+    ("hadamard", "runs are half as long as asked", change("hadamard", count=lambda count, **_: count // 2)),
+    ("top_k", "ties go to the higher id", top_ties_to_the_higher_id),
+    ("top_k", "the last two are exchanged", then("top_k", swap_last)),
+    ("top_k", "values are those of other ids", then("top_k", lambda values, **_: np.add(values, 1, out=values))),
     ("attention", "the window is one too wide",
      change("attention", window=lambda window=0, **_: window + bool(window))),
     ("attention", "chunks slide", change("attention", chunked=lambda **_: False)),
