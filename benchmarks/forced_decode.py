@@ -36,7 +36,7 @@ def measure(engine: Engine, args: argparse.Namespace) -> dict[str, object]:
     if not args.cold:
         engine.decode(0)
         first = time.monotonic()
-        for count in args.n_prompt:
+        for count in filter(None, args.n_prompt):
             prompt(engine, ids[:count])
         if args.n_gen:
             generate(engine, ids[: args.n_gen])
