@@ -2,8 +2,8 @@
 
 A block's codes are unpacked once for all columns, and a column's running sums stay in lanes of registers until the row
 ends. What a column adds to them, and in what order, does not depend on how many columns there are: a vector gets the
-same bits alone and among others. Of
-unquantized weights several vectors meet two rows at a time: with AVX-512, half of a register serves each.
+same bits alone and among others. Of unquantized weights several vectors meet two rows at a time: with AVX-512, half of
+a register serves each.
 
 The vectors come as a *panel*: for each block, what column 0 has there, then column 1, … (``panels.py``)::
 
