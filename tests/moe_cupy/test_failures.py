@@ -185,5 +185,5 @@ def test_a_thousand_tokens_at_the_minimum_cache_do_not_leak(tmp_path):
         kept, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert engine.stats.misses > 3000
-        assert rss() <= 1.02 * before
+        assert rss() <= 1.02 * before + engine.kv.nbytes, "keys and values are touched as the text grows, no more"
         assert kept < 100 << 10, f"100 tokens left {kept} bytes behind"
