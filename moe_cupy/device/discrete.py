@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.device.base import Event
+from moe_cupy.device.base import DeviceError, Event
 from moe_cupy.kernels.cuda.launches import Launch
 from moe_cupy.kernels.cuda.sources import FORMATS
 from moe_cupy.kernels.matrix import Matrix
@@ -157,8 +157,8 @@ class DiscreteDevice(ABC):
         return self.alloc(int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
 
     def bind(self, calls: Any, stream: Any) -> Callable[[int], None]:
-        """No function is sooner done than its launches: see ``binds``."""
-        raise NotImplementedError
+        """Raises DeviceError: here no function is sooner done than its launches (``binds`` is False)."""
+        raise DeviceError("this device makes no function of launches; ask `binds` first, and launch them one by one")
 
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         self.launch_all(OPS[op].cuda, stream, op in READS_X, **buffers)

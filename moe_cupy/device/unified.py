@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_cupy.device.base import DeviceError
+
 
 class Unified(ABC):
     """A subclass has ``alloc`` and ``copy_async``; see ``Device``."""
@@ -34,5 +36,5 @@ class Unified(ABC):
         return src
 
     def bind(self, calls: Any, stream: Any) -> Callable[[int], None]:
-        """No function is sooner done than its launches: see ``binds``."""
-        raise NotImplementedError
+        """Raises DeviceError: here no function is sooner done than its launches (``binds`` is False)."""
+        raise DeviceError("this device makes no function of launches; ask `binds` first, and launch them one by one")
