@@ -98,6 +98,9 @@ class Device(Protocol):
     def bind(self, calls: Sequence[tuple[str, dict[str, Any]]], stream: Stream) -> Callable[[int], None]:
         """Launches (op, buffers by name) as one function of the position at which the buffers are to be used."""
 
+    def bind_experts(self, three: dict[str, Any], stream: Stream, **buffers: Any) -> Callable[..., None]:
+        """The op ``experts`` as a function of experts and their matrices, which are like ``three``; of one token."""
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of device memory."""
 

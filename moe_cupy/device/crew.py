@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from moe_cupy.kernels.host import jobs, pieces
+from moe_cupy.kernels.host import jobs, steps
 from moe_cupy.kernels.host.simd.isa import chosen
 
 
@@ -13,7 +13,7 @@ class Crew:
 
     def __init__(self, threads: int = 1, act: str = "f32"):
         self.act, self.helpers = act, threads - 1
-        self.state = pieces.new_state(self.helpers, chosen().columns)
+        self.state = steps.new_state(self.helpers, chosen().columns)
         self._work = threading.Semaphore(0)
         self._closed = False
         self._threads = [threading.Thread(target=self._help, name=f"crew-{i}", daemon=True) for i in range(1, threads)]

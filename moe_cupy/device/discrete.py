@@ -160,6 +160,10 @@ class DiscreteDevice(ABC):
         """Raises DeviceError: here no function is sooner done than its launches (``binds`` is False)."""
         raise DeviceError("this device makes no function of launches; ask `binds` first, and launch them one by one")
 
+    def bind_experts(self, three: Any, stream: Any, **buffers: Any) -> Callable[..., None]:
+        """Raises DeviceError, as ``bind`` does."""
+        return self.bind((), stream)
+
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         self.launch_all(OPS[op].cuda, stream, op in READS_X, **buffers)
 

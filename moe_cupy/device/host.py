@@ -17,7 +17,9 @@ from moe_cupy.device.crew import Crew
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.device.threads import InlineStream, ThreadQueue, ThreadStream
 from moe_cupy.device.unified import Unified
-from moe_cupy.kernels.host import bound
+from moe_cupy.kernels.host import bound, products
+from moe_cupy.kernels.host.bound_experts import bind_experts
+from moe_cupy.kernels.host.experts import MATRICES
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.table import OPS
@@ -141,7 +143,23 @@ class HostDevice(Unified):
 
     def bind(self, calls: Sequence[tuple[str, dict[str, Any]]], stream: Any) -> Callable[[int], None]:
         run = bound.bind(self.split, calls, lambda op, **buffers: OPS[op].host(self.split, **buffers))
-        return lambda position: stream.run(partial(run, position))
+        return run if isinstance(stream, InlineStream) else lambda position: stream.run(partial(run, position))
+
+    def bind_experts(self, three: dict[str, Any], stream: Any, **buffers: Any) -> Callable[..., None]:
+        if all(products.takes(w, self.act) for w in three.values()):
+            run = bind_experts(self.split.crew, three, **buffers)
+        else:
+            run = self._launch_experts(buffers)
+        if isinstance(stream, InlineStream):
+            return run
+        return lambda *given: stream.run(partial(run, *given))
+
+    def _launch_experts(self, buffers: dict[str, Any]) -> Callable[..., None]:
+        def run(wanted: Sequence[int], matrices: Sequence[dict[str, Any]]) -> None:
+            three = {name: [one[name] for one in matrices] for name in MATRICES}
+            OPS["experts"].host(self.split, wanted=np.array(wanted), **three, **buffers)
+
+        return run
 
     def memory(self) -> tuple[int, int]:
         return free_and_total()

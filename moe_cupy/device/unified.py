@@ -38,3 +38,7 @@ class Unified(ABC):
     def bind(self, calls: Any, stream: Any) -> Callable[[int], None]:
         """Raises DeviceError: here no function is sooner done than its launches (``binds`` is False)."""
         raise DeviceError("this device makes no function of launches; ask `binds` first, and launch them one by one")
+
+    def bind_experts(self, three: Any, stream: Any, **buffers: Any) -> Callable[..., None]:
+        """Raises DeviceError, as ``bind`` does."""
+        return self.bind((), stream)

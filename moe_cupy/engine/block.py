@@ -59,6 +59,11 @@ class Pass:
     x: Any  # [T, D] residual stream
     abroad: Callable[[str, Any, Any, Linear], None] | None = None  # op, x, out, matrix on another device
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it is over one token, all of it on one device: the next such pass has the same arrays."""
+        return len(self.x) == 1 and self.abroad is None
+
     def product(self, op: str, x: Any, out: Any, linear: Linear) -> None:
         """One of the ops "linear", "linear_add" and "linear_heads", where the matrix lies."""
         if linear.away:

@@ -39,6 +39,11 @@ def distinct(ids: np.ndarray) -> list[int]:
     return ids[0].tolist() if len(ids) == 1 else np.unique(ids).tolist()
 
 
+def _guessed(block: Block) -> Any:
+    """Ids [T, k] if a layer's router saw the residual stream as it is before the layer's turn."""
+    return networks.route(block, networks.router_logits(block, "ahead ")[1], "ahead ")[0]
+
+
 class Routes(NamedTuple):
     """What a layer's router said of T tokens."""
 
@@ -189,7 +194,7 @@ class Forward:
         if not (self.prefetcher.needs_next_router and self._leads_on(block.layer.index)):
             return None
         guess = Block(block.run, self.config.layers[following], self.weights.layers[following])
-        return networks.route(guess, networks.router_logits(guess, "ahead ")[1], "ahead ")[0]
+        return self._again("ahead", guess, _guessed)
 
     def _leads_on(self, layer: int) -> bool:
         """Whether the next layer has routed experts too, which can be guessed from here."""
@@ -203,17 +208,23 @@ class Forward:
         routes = self._fetched(layer, ids, weights, logits, ahead)
         routed = self.stream.record()
         parts = block.buffer("parts", c.expert_used_count, c.embedding_length)
-        buffers = self._expert_buffers(block, h, ids, weights) | {"parts": parts}
+        buffers = partial(self._expert_buffers, block, h, ids, weights, parts)
         routed.synchronize()  # the routes are on the host now
         expected = self._told(layer, routes)
-        others = self._experts(layer, routes, expected, buffers, partial(networks.beside, block, h))
-        networks.join(block, parts, weights, others)
+        others = self._experts(block, routes, expected, buffers, partial(self._beside, block, h))
+        self._again("join", block, partial(networks.join, parts=parts, weights=weights, others=others))
 
-    def _expert_buffers(self, block: Block, h: Any, ids: Any, weights: Any) -> dict[str, Any]:
-        """What the op ``experts`` takes beside matrices: h [T, D], ids and weights [T, k]."""
+    def _beside(self, block: Block, h: Any) -> Any:
+        """What every token computes beside the routed experts, which see h."""
+        if not (block.config.shared or block.config.quirks.dense_beside):
+            return None
+        return self._again("beside", block, partial(networks.beside, h=h))
+
+    def _expert_buffers(self, block: Block, h: Any, ids: Any, weights: Any, parts: Any) -> dict[str, Any]:
+        """What the op ``experts`` takes beside matrices: h [T, D], ids and weights [T, k], parts [T, k, D]."""
         given = weights if self.config.quirks.weigh == "input" else None
         kind, extra = self.config.quirks.activation, block.weights.of_experts()
-        return {"x": h, "ids": ids, "weights": given, "activation": kind, **extra}
+        return {"x": h, "ids": ids, "weights": given, "parts": parts, "activation": kind, **extra}
 
     def _told(self, layer: int, routes: Routes) -> Sequence[int]:
         """Show the routes to whoever wants to see them; the experts that the next layer is expected to use."""
@@ -236,23 +247,46 @@ class Forward:
         return self.observe is not None or self._wants_scores(layer, n_tokens)
 
     def _experts(
-        self, layer: int, routes: Routes, expected: Sequence[int], buffers: dict[str, Any], meanwhile: Callable[[], Any]
+        self,
+        block: Block,
+        routes: Routes,
+        expected: Sequence[int],
+        buffers: Callable[[], dict[str, Any]],
+        meanwhile: Callable[[], Any],
     ) -> Any:
         """Launch the experts that were chosen; returns what ``meanwhile`` does, while the first are loaded."""
         assert self.mover is not None
+        layer = block.layer.index
         waves = self.mover.waves(layer, distinct(routes.ids))
-        if not self.device.is_unified:  # such a device cannot look into memory of its own to group tokens by experts
-            buffers |= {"on_host": routes.ids, "first": True}
         held = self.mover.acquire(layer, waves[0], scores=self._scores(layer, routes))
-        others = meanwhile()
+        others, launch = meanwhile(), self._expert_launch(block, routes, held[0].matrices, buffers)
         for following in (*waves[1:], None):
             if following is None and expected:
                 self.mover.prefetch(layer + 1, expected, {one.key for one in held})
             kept = set() if following is None else self._keep(layer, held)
             ahead = self.mover.acquire(layer, following, kept) if following is not None and kept else None
-            self._compute(held, buffers)
+            self._compute(held, launch)
             held = self.mover.acquire(layer, following) if following is not None and ahead is None else ahead or []
         return others
+
+    def _expert_launch(
+        self, block: Block, routes: Routes, three: dict[str, Any], buffers: Callable[[], dict[str, Any]]
+    ) -> Callable[..., None]:
+        """The op ``experts`` as a function of experts and their matrices, which are like ``three``."""
+        launch = self._again.experts(block, three, buffers)
+        if launch is not None:
+            return launch
+        given = buffers()
+        if not self.device.is_unified:  # such a device cannot look into memory of its own to group tokens by experts
+            given |= {"on_host": routes.ids, "first": True}
+
+        def launch_experts(wanted: Sequence[int], matrices: Sequence[dict[str, Any]]) -> None:
+            several = {name: [one[name] for one in matrices] for name in MATRICES}
+            self._launch("experts", wanted=np.array(wanted), **several, **given)
+            if not self.device.is_unified:
+                given["first"] = False
+
+        return launch_experts
 
     def _scores(self, layer: int, routes: Routes) -> Scores | None:
         """What the router said of a single token, for policies that ask."""
@@ -269,17 +303,14 @@ class Forward:
         assert self.mover is not None
         return {one.key for one in held} if self.mover.cache.pool(layer).slots > 1 else set()
 
-    def _compute(self, held: Sequence[Held], buffers: dict[str, Any]) -> None:
+    def _compute(self, held: Sequence[Held], launch: Callable[..., None]) -> None:
         """Launch what is here at once, then each of the others when it has come."""
         assert self.mover is not None
-        here = [one for one in held if one.ready is None]
-        for several in ([here] if here else []) + [[one] for one in held if one.ready is not None]:
-            for one in several:
-                if one.ready is not None:
-                    self.mover.wait(self.stream, one.ready, WAIT_EXPERTS)
-            wanted = np.array([one.expert for one in several])
-            three = {name: [one.matrices[name] for one in several] for name in MATRICES}
-            self._launch("experts", wanted=wanted, **three, **buffers)
-            if not self.device.is_unified:
-                buffers["first"] = False
+        late = [one for one in held if one.ready is not None]
+        here = [one for one in held if one.ready is None] if late else held
+        if here:
+            launch([one.expert for one in here], [one.matrices for one in here])
+        for one in late:
+            self.mover.wait(self.stream, one.ready, WAIT_EXPERTS)
+            launch([one.expert], [one.matrices])
         self.mover.used(held, self.stream.record())

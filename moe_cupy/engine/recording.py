@@ -1,12 +1,13 @@
 """What one token launches in a part of a layer is the same for every token, but for the token's position.
 
 So the launches of the first token are kept, made ready by the device as one function of the position, and run for
-those that follow: what a launch needs is looked up and checked once, not for every token.
+those that follow: what a launch needs is looked up and checked once, not for every token. Of the op ``experts`` only
+the experts differ, whose matrices are where they have been loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Kept(NamedTuple):
     """A part of a layer over one cache of keys and values."""
 
     kv: Any
-    run: Callable[[int], None]  # takes the position
+    run: Callable[..., None]  # takes the position, or experts and their matrices
     result: Any  # arrays that the part leaves behind, the same for every token
 
 
@@ -29,21 +30,35 @@ class Recorder:
         self._device, self._stream = device, stream
         self._kept: dict[tuple[str, int], Kept] = {}
 
-    def takes(self, block: Block) -> bool:
+    def takes(self, name: str, block: Block) -> bool:
         """Whether the launches of this pass are those of the next one with another position."""
         run, layer = block.run, block.layer
-        repeats = layer.mixer != "delta" and layer.index not in run.temperature  # states are exchanged; scores scaled
-        return self._device.binds and block.n_tokens == 1 and run.abroad is None and repeats
+        differs = layer.mixer == "delta" or layer.index in run.temperature  # states are exchanged; scores are scaled
+        return self._device.binds and run.is_single and not (name == "mix" and differs)
 
     def __call__(self, name: str, block: Block, perform: Callable[[Block], Any]) -> Any:
         """``perform(block)``, or what it has launched before, at the position of this pass."""
-        if not self.takes(block):
-            return perform(block)
-        kept = self._kept.get((name, block.layer.index))
-        if kept is not None and kept.kv is block.run.kv:
-            kept.run(block.run.kv.length)
+        run = block.run
+        kept = self._kept.get((name, block.layer.index)) if run.is_single else None
+        if kept is not None and kept.kv is run.kv:
+            kept.run(run.kv.length)
             return kept.result
-        return self._record(name, block, perform)
+        return self._record(name, block, perform) if self.takes(name, block) else perform(block)
+
+    def experts(self, block: Block, three: dict[str, Any], buffers: Callable[[], dict[str, Any]]) -> Any:
+        """The op ``experts`` of this layer as a function of experts and their matrices; None if it differs each time.
+
+        ``three`` are the matrices of one of them.
+        """
+        run, key = block.run, ("experts", block.layer.index)
+        kept = self._kept.get(key) if run.is_single else None
+        if kept is not None and kept.kv is run.kv:
+            return kept.run
+        if not self.takes("experts", block):
+            return None
+        made = self._device.bind_experts(three, self._stream, **buffers())
+        self._kept[key] = Kept(run.kv, made, None)
+        return made
 
     def _record(self, name: str, block: Block, perform: Callable[[Block], Any]) -> Any:
         calls: list[tuple[str, dict[str, Any]]] = []

@@ -134,8 +134,8 @@ class Half(Forward):
         c, t, scratch = self.config, len(routes.ids), self.run.scratch
         ids, weights = scratch.put("chosen", routes.ids), scratch.put("chosen weights", routes.weights)
         parts, y = scratch("parts", t, c.expert_used_count, c.embedding_length), scratch("sum", t, c.embedding_length)
-        buffers = self._expert_buffers(block, x, ids, weights) | {"parts": parts}
-        others = self._experts(block.layer.index, routes, expected, buffers, beside)
+        buffers = partial(self._expert_buffers, block, x, ids, weights, parts)
+        others = self._experts(block, routes, expected, buffers, beside)
         self._launch("combine", parts=parts, weights=None if c.quirks.weigh == "input" else weights, out=y, add=False)
         return y, others
 

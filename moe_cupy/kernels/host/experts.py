@@ -144,17 +144,21 @@ def layer_jobs(act: str, three: Sequence[Matrix]) -> np.ndarray:
     return kept[key]
 
 
+def by_matrix(scales: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Scales [3, E] of gate, up and down, 1 where one has none; [3, 0] where none has any."""
+    if not scales:
+        return NO_SCALES
+    ones = np.ones_like(next(iter(scales.values())))
+    return np.stack([scales.get(name, ones) for name in MATRICES])
+
+
 def run_experts(crew: Crew, x: np.ndarray, routes: Routes, adjusted: Adjusted, parts: np.ndarray) -> None:
     """The op ``experts`` for matrices that ``products.takes``."""
     (ids, wanted, three), (activation, weights, scales, biases) = routes, adjusted
     layer = layer_jobs(crew.act, [several[0] for several in three])
     each = zip(wanted.tolist(), *three, strict=True)
     experts = np.array([(e, address_of(g), address_of(u), address_of(d)) for e, g, u, d in each])
-    by_matrix = NO_SCALES
-    if scales:
-        ones = np.ones_like(next(iter(scales.values())))
-        by_matrix = np.stack([scales.get(name, ones) for name in MATRICES])
     vectors = tuple(biases.get(name, NO_VECTORS) for name in MATRICES) if biases else (NO_VECTORS,) * 3
-    given = ACTIVATIONS[activation], NO_VECTORS if weights is None else weights, by_matrix, vectors
+    given = ACTIVATIONS[activation], NO_VECTORS if weights is None else weights, by_matrix(scales), vectors
     crew.wake()
     experts_rows(crew.state, layer, x, (ids, experts), given, parts)

@@ -30,6 +30,7 @@ def _pointer(kind: types.Type, made: ir.Type):
 
 floats_at, whole_at = _pointer(types.float32, ir.FloatType()), _pointer(types.int64, ir.IntType(64))
 bytes_at, shorts_at = _pointer(types.int8, ir.IntType(8)), _pointer(types.int16, ir.IntType(16))
+integers_at = _pointer(types.int32, ir.IntType(32))
 
 
 @njit
