@@ -101,6 +101,14 @@ class Device(Protocol):
     def bind_experts(self, three: dict[str, Any], stream: Stream, **buffers: Any) -> Callable[..., None]:
         """The op ``experts`` as a function of experts and their matrices, which are like ``three``; of one token."""
 
+    def bind_token(self, parts: Sequence[Any], places: np.ndarray) -> Any:
+        """A function of layers (first, last) and a position that does them as far as their experts have places.
+
+        ``parts`` are, of each layer, what ``bind`` made up to its routes, what ``bind_experts`` made, and the rest (or
+        None); ``places`` int64 [keys, 3] says where gate, up and down of an expert are. It returns the first layer that
+        is left, and whether for want of an expert; its ``chosen`` [L, k] are the experts that the others have used.
+        """
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of device memory."""
 

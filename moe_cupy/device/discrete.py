@@ -164,6 +164,10 @@ class DiscreteDevice(ABC):
         """Raises DeviceError, as ``bind`` does."""
         return self.bind((), stream)
 
+    def bind_token(self, parts: Any, places: Any) -> Any:
+        """Raises DeviceError, as ``bind`` does."""
+        return self.bind((), None)
+
     def launch(self, op: str, stream: Any, **buffers: Any) -> None:
         self.launch_all(OPS[op].cuda, stream, op in READS_X, **buffers)
 

@@ -18,10 +18,11 @@ from moe_cupy.device.memory import free_and_total
 from moe_cupy.device.threads import InlineStream, ThreadQueue, ThreadStream
 from moe_cupy.device.unified import Unified
 from moe_cupy.kernels.host import bound, products
-from moe_cupy.kernels.host.bound_experts import bind_experts
+from moe_cupy.kernels.host.bound_experts import BoundExperts
 from moe_cupy.kernels.host.experts import MATRICES
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.host.simd.isa import chosen
+from moe_cupy.kernels.host.token import BoundToken, as_steps
 from moe_cupy.kernels.table import OPS
 
 SPLIT_WORK = 1 << 20  # multiply-adds below which a second thread costs more than it brings (about 100 us)
@@ -147,7 +148,7 @@ class HostDevice(Unified):
 
     def bind_experts(self, three: dict[str, Any], stream: Any, **buffers: Any) -> Callable[..., None]:
         if all(products.takes(w, self.act) for w in three.values()):
-            run = bind_experts(self.split.crew, three, **buffers)
+            run: Callable[..., None] = BoundExperts(self.split.crew, three, **buffers)
         else:
             run = self._launch_experts(buffers)
         if isinstance(stream, InlineStream):
@@ -160,6 +161,9 @@ class HostDevice(Unified):
             OPS["experts"].host(self.split, wanted=np.array(wanted), **three, **buffers)
 
         return run
+
+    def bind_token(self, parts: Sequence[Any], places: np.ndarray) -> BoundToken:
+        return BoundToken(self.split.crew, [as_steps(part) for part in parts], places)
 
     def memory(self) -> tuple[int, int]:
         return free_and_total()

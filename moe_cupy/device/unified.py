@@ -42,3 +42,7 @@ class Unified(ABC):
     def bind_experts(self, three: Any, stream: Any, **buffers: Any) -> Callable[..., None]:
         """Raises DeviceError, as ``bind`` does."""
         return self.bind((), stream)
+
+    def bind_token(self, parts: Any, places: Any) -> Any:
+        """Raises DeviceError, as ``bind`` does."""
+        return self.bind((), None)

@@ -78,9 +78,9 @@ class DrivenForward(Forward):
         self.device.replay(graph, self.stream)
         return logits
 
-    def _moe(self, block: Block) -> None:
+    def _moe(self, block: Block, is_routed: bool = False) -> None:
         if self._work.position is None:
-            super()._moe(block)
+            super()._moe(block, is_routed)
             return
         c = self.config
         if self.pools.may_halt:

@@ -11,9 +11,12 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from moe_cupy.cache import ExpertCache, Load, Scores
 from moe_cupy.device.base import Device, Event
 from moe_cupy.engine.transport import DEMAND, PREFETCH, Transport
+from moe_cupy.kernels.host.products import address_of
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.store import MATRICES, ExpertStore
 
@@ -40,6 +43,9 @@ class ExpertMover:
         self._loading: dict[int, Any] = {}  # key -> its load, until seen done
         self._touched: dict[int, Any] = {}  # slot -> the last load into it or kernel that reads it
         self._matrices: dict[int, dict[str, Matrix]] = {}  # slot -> what lies in it
+        keys = len(self.layout.layers) * self.layout.expert_count
+        self.places = np.zeros((keys, 3), np.int64)  # key -> where its matrices are, once one used it; 0: ask
+        self._notes = device.binds
 
     @property
     def slots(self) -> Sequence[Any]:
@@ -90,6 +96,13 @@ class ExpertMover:
         """The kernels that read ``held`` come before ``event``: until then their slots are not overwritten."""
         for one in held:
             self._touched[one.slot] = event
+            if self._notes:
+                self.places[one.key] = [address_of(one.matrices[name]) for name in MATRICES]
+
+    def seen(self, layer: int, experts: Sequence[int]) -> None:
+        """An event has used ``experts``, which all had ``places``."""
+        plan = self.cache.access(layer, experts)
+        assert not plan.loads, "an expert had a place and was not resident"
 
     def wait(self, stream: Any, ready: Any, reason: str) -> None:
         """Work of ``stream`` from here on waits for a load; raises what kept it from being begun."""
@@ -119,6 +132,7 @@ class ExpertMover:
         for key, event in self._loading.items():
             if getattr(event, "error", None) is not None:
                 self.cache.forget(key)
+                self.places[key] = 0
         self._loading.clear()
         self._touched.clear()
         self.transport.recover()
@@ -138,6 +152,7 @@ class ExpertMover:
     def empty(self) -> None:
         """With the queue idle: no expert is resident, and the policy has seen nothing."""
         self.cache = self.cache.fresh()
+        self.places[:] = 0
         self._loading.clear()
         self._touched.clear()
         self.transport.empty()
@@ -155,7 +170,9 @@ class ExpertMover:
         return Held(key, key % self.cache.expert_count, slot, event, self._matrices[slot])
 
     def _start(self, load: Load, urgency: int) -> Held:
+        self.places[load.key] = 0
         if load.evicted is not None:
+            self.places[load.evicted] = 0
             pending = self._loading.pop(load.evicted, None)
             if pending is not None:  # an unused prefetch not here yet: it must not queue behind its successor
                 self.transport.promote(pending, urgency)

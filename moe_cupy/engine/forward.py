@@ -22,6 +22,7 @@ from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
 from moe_cupy.engine.recording import Recorder
 from moe_cupy.engine.weights import DenseWeights
+from moe_cupy.engine.whole import Whole
 from moe_cupy.prefetch import Prefetcher
 from moe_cupy.store import MATRICES
 from moe_ref.attention import softmax, temperature
@@ -42,6 +43,11 @@ def distinct(ids: np.ndarray) -> list[int]:
 def _guessed(block: Block) -> Any:
     """Ids [T, k] if a layer's router saw the residual stream as it is before the layer's turn."""
     return networks.route(block, networks.router_logits(block, "ahead ")[1], "ahead ")[0]
+
+
+def _scaled(block: Block) -> None:
+    """What a layer puts out, times its scale."""
+    block.launch("scale", x=block.run.x, factor=float(block.weights.scales["layer_output_scale"][0]))
 
 
 class Routes(NamedTuple):
@@ -74,6 +80,7 @@ class Forward:
         self._launch: Callable[..., None] = partial(device.launch, stream=self.stream)
         self._decode_scratch = Scratch(device, self.stream, stays=True)
         self._again = Recorder(device, self.stream)
+        self._whole = Whole(device, self._again, mover, [layer.is_moe for layer in config.layers])
         self._rotations = self._distinct_rotations()
 
     def __call__(self, tokens: np.ndarray, kv: Any, last_only: bool = False) -> np.ndarray:
@@ -103,19 +110,35 @@ class Forward:
 
     def _pass(self, run: Pass, last_only: bool, resumed_at: int = -1) -> Any:
         """All launches of a pass: logits [T or 1, vocab] in device memory; or those from a layer's experts on."""
-        for layer, w in list(zip(self.config.layers, self.weights.layers, strict=True))[max(0, resumed_at) :]:
-            self._layer(Block(run, layer, w), layer.index == resumed_at)
+        whole = self._whole.over(run.kv) if self._is_free(run) and resumed_at < 0 else None
+        layers, index = list(zip(self.config.layers, self.weights.layers, strict=True)), max(0, resumed_at)
+        while index < len(layers):
+            begun = "mix" if index == resumed_at else ""
+            if whole is not None:
+                index, routed = whole(index, run.kv.length)
+                begun = "route" if routed else ""
+            if index < len(layers):
+                self._layer(Block(run, *layers[index]), begun)
+            index += 1
         return self._head(run, run.x[-1:] if last_only else run.x)
 
-    def _layer(self, block: Block, mixed: bool = False) -> None:
-        if not mixed:
-            self._mix(block)
+    def _is_free(self, run: Pass) -> bool:
+        """Whether nobody on the host wants to know of a layer before the token is done."""
+        watched = self.observe is not None or self.prefetcher.predicts or self.prefetcher.needs_next_router
+        if watched or not (self.device.binds and run.is_single):
+            return False
+        return self.mover is None or not any(pool.policy.wants_scores for pool in self.mover.cache.pools)
+
+    def _layer(self, block: Block, begun: str = "") -> None:
+        """``begun`` says what of it has been done: nothing, "mix", or that and "route"."""
+        if not begun:
+            self._again("mix", block, self._mixed)
         if block.layer.is_moe:
-            self._moe(block)
+            self._moe(block, begun == "route")
         else:
-            networks.dense(block)
+            self._again("dense", block, networks.dense)
         if "layer_output_scale" in block.weights.scales:
-            self._launch("scale", x=block.run.x, factor=float(block.weights.scales["layer_output_scale"][0]))
+            self._again("scale", block, _scaled)
 
     def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
         """The residual stream as it begins, and what depends on positions alone, sent to the device."""
@@ -180,9 +203,6 @@ class Forward:
         self.stream.record().synchronize()
         return host if self.device.is_unified else host.copy()
 
-    def _mix(self, block: Block) -> None:
-        self._again("mix", block, self._mixed)
-
     def _mixed(self, block: Block) -> None:
         mixer, last = MIXERS[block.layer.mixer]
         h = block.norm(block.run.x, "attn_norm", block.buffer("h", self.config.embedding_length))
@@ -201,10 +221,10 @@ class Forward:
         following = self.config.layers[layer + 1 : layer + 2]
         return bool(following) and following[0].is_moe
 
-    def _moe(self, block: Block) -> None:
+    def _moe(self, block: Block, is_routed: bool = False) -> None:
         layer, c = block.layer.index, self.config
         ahead = self._ahead(block)
-        h, logits, ids, weights = self._again("route", block, networks.routed)
+        h, logits, ids, weights = self._again("route", block, networks.routed, is_routed)
         routes = self._fetched(layer, ids, weights, logits, ahead)
         routed = self.stream.record()
         parts = block.buffer("parts", c.expert_used_count, c.embedding_length)

@@ -7,12 +7,15 @@ the experts differ, whose matrices are where they have been loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moe_cupy.device.base import Device
 from moe_cupy.engine.block import Block
+
+BEFORE, BEHIND = ("mix", "route"), ("beside", "join", "dense", "scale")  # the experts, in their order
+ORDER = (*BEFORE, "experts", *BEHIND)
 
 
 class Kept(NamedTuple):
@@ -29,6 +32,7 @@ class Recorder:
     def __init__(self, device: Device, stream: Any):
         self._device, self._stream = device, stream
         self._kept: dict[tuple[str, int], Kept] = {}
+        self.version = 0  # how often something new was kept
 
     def takes(self, name: str, block: Block) -> bool:
         """Whether the launches of this pass are those of the next one with another position."""
@@ -36,12 +40,13 @@ class Recorder:
         differs = layer.mixer == "delta" or layer.index in run.temperature  # states are exchanged; scores are scaled
         return self._device.binds and run.is_single and not (name == "mix" and differs)
 
-    def __call__(self, name: str, block: Block, perform: Callable[[Block], Any]) -> Any:
-        """``perform(block)``, or what it has launched before, at the position of this pass."""
+    def __call__(self, name: str, block: Block, perform: Callable[[Block], Any], is_done: bool = False) -> Any:
+        """``perform(block)``, or what it has launched before, at the position of this pass; unless that ``is_done``."""
         run = block.run
         kept = self._kept.get((name, block.layer.index)) if run.is_single else None
         if kept is not None and kept.kv is run.kv:
-            kept.run(run.kv.length)
+            if not is_done:
+                kept.run(run.kv.length)
             return kept.result
         return self._record(name, block, perform) if self.takes(name, block) else perform(block)
 
@@ -57,8 +62,17 @@ class Recorder:
         if not self.takes("experts", block):
             return None
         made = self._device.bind_experts(three, self._stream, **buffers())
-        self._kept[key] = Kept(run.kv, made, None)
+        self._keep(key, Kept(run.kv, made, None))
         return made
+
+    def of_layer(self, index: int, kv: Any) -> tuple[list[Any], Any, list[Any]] | None:
+        """What is kept of a layer over ``kv``: parts up to its routes, experts, parts behind; None if not all is."""
+        kept = {name: self._kept.get((name, index)) for name in ORDER}
+        there = {name: one.run for name, one in kept.items() if one is not None and one.kv is kv}
+        if "mix" not in there or not {"join", "dense"} & there.keys():
+            return None
+        before, after = ([there[name] for name in names if name in there] for names in (BEFORE, BEHIND))
+        return before, there.get("experts"), after
 
     def _record(self, name: str, block: Block, perform: Callable[[Block], Any]) -> Any:
         calls: list[tuple[str, dict[str, Any]]] = []
@@ -69,5 +83,9 @@ class Recorder:
 
         result = perform(replace(block, run=replace(block.run, launch=launch)))
         run = self._device.bind(calls, self._stream)
-        self._kept[name, block.layer.index] = Kept(block.run.kv, run, result)
+        self._keep((name, block.layer.index), Kept(block.run.kv, run, result))
         return result
+
+    def _keep(self, key: tuple[str, int], kept: Kept) -> None:
+        self._kept[key] = kept
+        self.version += 1

@@ -107,10 +107,10 @@ class Half(Forward):
     def _asks(self, layer: int, n_tokens: int) -> bool:
         return self.split.experts[layer] != self.place or super()._asks(layer, n_tokens)
 
-    def _moe(self, block: Block) -> None:
+    def _moe(self, block: Block, is_routed: bool = False) -> None:
         layer, there = block.layer.index, self.other
         if self.split.experts[layer] == self.place:
-            super()._moe(block)
+            super()._moe(block, is_routed)
             return
         ahead = self._ahead(block)
         h, logits = networks.router_logits(block)

@@ -12,7 +12,8 @@ import pytest
 from moe_cupy.device.host import HostDevice
 from moe_cupy.engine import Engine
 from moe_cupy.kernels.cases import all_cases
-from moe_cupy.kernels.host import bound, jobs, steps
+from moe_cupy.kernels.host import bound, jobs, steps, token
+from moe_cupy.kernels.host.experts import MATRICES
 from moe_cupy.kernels.samples import normal, random_matrix
 from tests.models import Shape, tiny_moe
 
@@ -37,6 +38,30 @@ def test_every_op_that_is_made_ready_writes_what_a_launch_writes(device):
             assert np.array_equal(got[name], want[name], equal_nan=True), f"{case.op} {case.label}: {name}"
         seen.add(case.op)
     assert seen >= {"linear", "linear_add", *bound.READY}
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu_oai"])
+@pytest.mark.parametrize("kinds", [("F32", "F32", "F32"), ("Q4_K", "Q4_K", "Q6_K"), ("MXFP4", "Q8_0", "BF16")])
+@pytest.mark.parametrize("extra", [(), ("weights",), ("scales", "biases"), ("weights", "biases")])
+def test_experts_that_are_made_ready_write_what_a_launch_writes(device, activation, kinds, extra):
+    rng, stream = np.random.default_rng(3), device.stream("compute")
+    three = [dict(zip(MATRICES, (random_matrix(rng, kind, 256, 256) for kind in kinds), strict=True)) for _ in range(5)]
+    given = {
+        "weights": normal(rng, 1, 3), "scales": {"up": normal(rng, 5), "down": normal(rng, 5)},
+        "biases": {"gate": normal(rng, 5, 256), "down": normal(rng, 5, 256)},
+    }  # fmt: skip
+    buffers = {
+        "x": normal(rng, 1, 256), "ids": np.array([[4, 0, 2]], np.int32), "parts": np.zeros((1, 3, 256), np.float32),
+        "activation": activation, "weights": None, **{name: given[name] for name in extra},
+    }  # fmt: skip
+    run = device.bind_experts(three[0], stream, **buffers)
+    for wanted in ([4, 0, 2], [2], [0, 4]):  # some come later than others
+        buffers["x"][...], want = normal(rng, 1, 256), np.zeros((1, 3, 256), np.float32)
+        each = {name: [three[e][name] for e in wanted] for name in MATRICES}
+        device.launch("experts", stream, wanted=np.array(wanted), **each, **(buffers | {"parts": want}))
+        buffers["parts"][...] = 0
+        run(wanted, [three[e] for e in wanted])
+        assert want.any() and np.array_equal(buffers["parts"], want)
 
 
 def test_products_of_one_vector_are_one_list_where_they_round_alike(monkeypatch):
@@ -106,3 +131,42 @@ def test_a_layer_is_recorded_with_the_first_token_and_run_from_the_record_therea
             launched.clear()
         assert counts[0] > 10 * engine.config.block_count
         assert counts[1] == counts[2] == 3  # embedding, head
+
+
+def decoded(path, tokens, binds: bool, **options):
+    """Logits of tokens one by one, what the cache counts, and who is resident."""
+    with Engine(path, act="q8", **options) as engine:
+        engine.device.binds = binds
+        logits = np.stack([engine.decode(int(t)).copy() for t in tokens])
+        stats, pools = engine.stats, engine.forward.mover.cache.pools
+        return logits, (stats.hits, stats.misses, stats.evictions, stats.bytes_demand), [p.slot_of for p in pools]
+
+
+@pytest.mark.parametrize("policy", ["echo", "lru", "lfu", "hobbit"])
+@pytest.mark.parametrize("cache", ["100%", "60%", "slots:3"])
+def test_layers_done_in_one_call_use_the_cache_as_layers_one_by_one_do(policy, cache, tmp_path):
+    types = ("Q4_K", "Q8_0", "Q6_K"), ("Q8_0", "Q8_0", "IQ4_XS")
+    path = tiny_moe(tmp_path / "m.gguf", Shape(layers=4, width=256, inner=256, experts=8, used=3, expert_types=types))
+    tokens, options = np.random.default_rng(1).integers(0, 96, 40), {"policy": policy, "cache": cache, "threads": 2}
+    want, got = (decoded(path, tokens, binds, **options) for binds in (False, True))
+    assert np.array_equal(got[0], want[0])
+    assert got[1:] == want[1:]
+
+
+def test_a_call_ends_where_an_expert_is_missing_and_else_with_the_token(monkeypatch, tmp_path):
+    path = tiny_moe(tmp_path / "m.gguf", Shape(layers=4, experts=8, used=2))
+    ends, real = [], token.run_layers
+
+    def run_layers(*given):
+        ends.append((given[2], real(*given)))  # of layers up to, where it came
+        return ends[-1][1]
+
+    monkeypatch.setattr(token, "run_layers", run_layers)
+    with Engine(path, cache="100%") as engine:
+        for t in np.random.default_rng(2).integers(0, 96, 60):
+            engine.decode(int(t))
+        assert engine.stats.misses > 8
+    missing = [end for last, end in ends if end % 2]
+    assert len(missing) > 4, "no layer was left for want of an expert"
+    assert all(end == 2 * last for last, end in ends if not end % 2), "a layer is not all steps"
+    assert [end for _, end in ends[-2:]] == [8, 8] or ends[-1][1] == 8  # by now all experts are there

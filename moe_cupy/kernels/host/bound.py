@@ -30,30 +30,45 @@ class Step(NamedTuple):
     held: tuple[Any, ...]
 
 
-def bind(split: ops.Split, calls: Sequence[Call], run_op: Callable[..., None]) -> Run:
+class Bound:
+    """Calls made ready, as a function of the position. ``rows`` are its steps, if it is nothing but steps."""
+
+    def __init__(self, runs: Sequence[Run], rows: np.ndarray | None, held: Any):
+        self.rows, self._runs, self._held = rows, runs, held
+
+    def __call__(self, position: int) -> None:
+        for run in self._runs:
+            run(position)
+
+
+def bind(split: ops.Split, calls: Sequence[Call], run_op: Callable[..., None]) -> Bound:
     """All calls as one function; ``run_op(op, **buffers)`` does those that no step can do."""
-    parts = [part for some in _together(split, calls) for part in _steps(split, some) or [_launch(run_op, *some[0])]]
+    parts: list[Any] = []
+    for together in _together(split, calls):
+        parts += _steps(split, together) or [_launch(run_op, *together[0])]
     runs: list[Run] = []
     for is_step, several in groupby(parts, lambda part: isinstance(part, Step)):
-        runs += [_program(split.crew, list(several))] if is_step else several  # type: ignore[arg-type]
-
-    def run(position: int) -> None:
-        for one in runs:
-            one(position)
-
-    return runs[0] if len(runs) == 1 else run
+        some = list(several)
+        runs += [_program(split.crew, _rows(some))] if is_step else some
+    all_steps = all(isinstance(part, Step) for part in parts)
+    held = [part.held for part in parts if isinstance(part, Step)]
+    return Bound(runs, _rows(parts) if all_steps else None, held)
 
 
-def _program(crew: products.Crew, steps: list[Step]) -> Run:
-    """Steps in one call."""
+def _rows(steps: Sequence[Any]) -> np.ndarray:
+    """Steps as int64 [n, STEP]."""
     rows = np.zeros((len(steps), s.STEP), np.int64)
     for row, step in zip(rows, steps, strict=True):
         row[s.OP] = step.op
         row[list(step.fields)] = list(step.fields.values())
-    held = [step.held for step in steps]
-    state, shared = crew.state, any(step.op in (s.MULTIPLY, s.ATTEND) for step in steps)
+    return rows
 
-    def run(position: int, held: Any = held) -> None:
+
+def _program(crew: products.Crew, rows: np.ndarray) -> Run:
+    """Steps in one call."""
+    state, shared = crew.state, bool(np.isin(rows[:, s.OP], (s.MULTIPLY, s.ATTEND)).any())
+
+    def run(position: int) -> None:
         if shared:
             crew.wake()
         s.run_steps(state, rows, position)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from moe_cupy.kernels.host.products import Crew, address
 from moe_cupy.kernels.host.steps import table
 from moe_cupy.kernels.matrix import Matrix
 
-Run = Callable[[Sequence[int], Sequence[dict[str, Matrix]]], None]  # takes experts and their matrices
 X, WIDTH, IDS, CHOSEN, PARTS, MADE, ACTIVATION, SHARES, SCALES, EXPERTS = range(10)
 BIASES = 10  # of gate, up, down: where and how many numbers each expert has
 CALL = 16
@@ -39,22 +38,25 @@ def run_call(state, layer, call, experts, count):
     experts_rows(state, layer, x, (ids, experts[:count]), adjusted, parts)
 
 
-def bind_experts(crew: Crew, three: dict[str, Matrix], **buffers: Any) -> Run:
-    """``buffers`` are the op's but for the experts; all of them have matrices like ``three``."""
-    layer = layer_jobs(crew.act, [three[name] for name in MATRICES])
-    call, held = _call(**buffers)
-    experts = np.empty((int(call[CHOSEN]), 4), np.int64)
+class BoundExperts:
+    """The op as a function of experts and their matrices.
 
-    def run(wanted: Sequence[int], matrices: Sequence[dict[str, Matrix]], held: Any = held) -> None:
-        rows = [(e, *_addresses(m)) for e, m in zip(wanted, matrices, strict=True)]
-        experts[: len(rows)] = rows
-        crew.wake()
-        run_call(crew.state, layer, call, experts, len(rows))
+    ``buffers`` are the op's but for the experts; all of them have matrices like ``three``.
+    """
 
-    return run
+    def __init__(self, crew: Crew, three: dict[str, Matrix], **buffers: Any):
+        self.crew, self.layer = crew, layer_jobs(crew.act, [three[name] for name in MATRICES])
+        self.call, self._held = _call(**buffers)
+        self._experts = np.empty((int(self.call[CHOSEN]), 4), np.int64)
+
+    def __call__(self, wanted: Sequence[int], matrices: Sequence[dict[str, Matrix]]) -> None:
+        rows = [(e, *places(m)) for e, m in zip(wanted, matrices, strict=True)]
+        self._experts[: len(rows)] = rows
+        self.crew.wake()
+        run_call(self.crew.state, self.layer, self.call, self._experts, len(rows))
 
 
-def _addresses(matrices: dict[str, Matrix]) -> tuple[int, ...]:
+def places(matrices: dict[str, Matrix]) -> tuple[int, ...]:
     """Where gate, up and down begin."""
     kept = matrices["gate"].prepared
     if "three" not in kept:

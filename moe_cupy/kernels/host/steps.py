@@ -160,7 +160,7 @@ def gate(s):
 
 
 @njit("void(i8[::1], i8[:, ::1], i8)", nogil=True, cache=True)
-def run_steps(state, steps, position):
+def do_steps(state, steps, position):
     """All steps [n, STEP] in order, for the token at ``position``."""
     for i in range(len(steps)):
         s = steps[i]
@@ -187,6 +187,12 @@ def run_steps(state, steps, position):
             activate(s)
         elif op == GATE:
             gate(s)
+
+
+@njit("void(i8[::1], i8[:, ::1], i8)", nogil=True, cache=True)
+def run_steps(state, steps, position):
+    """``do_steps``; then helpers may sleep."""
+    do_steps(state, steps, position)
     j.atomic_store(state, j.MORE, 0)
 
 
