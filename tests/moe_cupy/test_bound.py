@@ -12,7 +12,7 @@ import pytest
 from moe_cupy.device.host import HostDevice
 from moe_cupy.engine import Engine
 from moe_cupy.kernels.cases import all_cases
-from moe_cupy.kernels.host import bound, jobs, steps, token
+from moe_cupy.kernels.host import attention, bound, jobs, steps, token
 from moe_cupy.kernels.host.experts import MATRICES
 from moe_cupy.kernels.samples import normal, random_matrix
 from tests.models import Shape, tiny_moe
@@ -90,6 +90,39 @@ def test_products_of_one_vector_are_one_list_where_they_round_alike(monkeypatch)
             device.launch(op, stream, **(buffers | {"out": want}))
             assert np.array_equal(buffers["out"], want)
     assert lists == [2, 2, 3] * 2
+
+
+def test_half_precision_in_whole_numbers_is_numpys():
+    bits = np.arange(1 << 16, dtype=np.uint16).view(np.int16)
+    want = bits.view(np.float16).astype(np.float32)
+    got = np.array([attention.from_half(b) for b in bits], np.float32)
+    assert np.array_equal(got, want, equal_nan=True) and np.array_equal(np.signbit(got), np.signbit(want))
+    rng = np.random.default_rng(0)
+    some = rng.integers(0, 1 << 32, 50_000, dtype=np.uint32).view(np.float32)
+    near = rng.normal(size=50_000).astype(np.float32) * np.float32(10) ** rng.integers(-9, 6, 50_000)
+    for x in (some[~np.isnan(some)], near.astype(np.float32), want[~np.isnan(want)]):
+        with np.errstate(over="ignore"):
+            rounded = x.astype(np.float16).view(np.int16)
+        assert np.array_equal(np.array([attention.half_bits(v) for v in x], np.int16), rounded)
+
+
+@pytest.mark.parametrize(("heads", "groups", "window"), [(8, 2, 0), (6, 6, 0), (8, 1, 7), (12, 3, 50)])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_what_a_query_gets_does_not_depend_on_who_it_meets_keys_with(heads, groups, window, kind):
+    """A prompt at once, in parts, token by token, and by one, two or five threads: the same bits."""
+    rng, n, width = np.random.default_rng(5), 75, 40
+    k, v = (normal(rng, n, groups, width).astype(kind) for _ in range(2))
+    q, given = normal(rng, n, heads, width), {"scale": 0.2, "window": window, "sinks": normal(rng, heads)}
+    results = []
+    for threads, step in ((1, n), (2, 1), (5, 1), (1, 7)):
+        device, out = HostDevice(threads), np.empty((n, heads, width), np.float32)
+        for t in range(0, n, step):
+            part = {"q": q[t : t + step], "k": k, "v": v, "n_past": t, "out": out[t : t + step]}
+            bound_call = device.bind([("attention", part | given)], device.stream("compute"))
+            bound_call(t)
+        device.close()
+        results.append(out)
+    assert all(np.array_equal(one, results[0]) for one in results[1:])
 
 
 @pytest.mark.parametrize("act", ["f32", "q8"])

@@ -185,21 +185,21 @@ def _rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, style: str, first: in
 
 
 def _kv_store(cache: np.ndarray, new: np.ndarray, position: int) -> Step | None:
-    if len(new) != 1 or cache.dtype != np.float32:
+    if len(new) != 1 or cache.dtype not in ops.NATIVE:
         return None
-    return _made(s.STORE, {s.X: new, s.OUT: cache}, N=new.size)
+    return _made(s.STORE, {s.X: new, s.OUT: cache}, N=new.size, HALVES=ops.NATIVE[cache.dtype])
 
 
 def _attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, out: np.ndarray, *, window: int = 0,
     chunked: bool = False, sinks: Any = None, temperature: Any = None,
 ) -> Step | None:  # fmt: skip
-    if len(q) != 1 or temperature is not None or {k.dtype, v.dtype} != {np.dtype(np.float32)}:
+    if len(q) != 1 or temperature is not None or not {k.dtype, v.dtype} <= ops.NATIVE.keys():
         return None
     arrays = {s.X: q, s.KEYS: k, s.VALUES: v, s.OUT: out, s.SCALE: np.full(1, scale, np.float32), s.SINKS: sinks}
     return _made(
         s.ATTEND, arrays, N=q.shape[1], GROUPS=k.shape[1], KEY=q.shape[2], KEPT=v.shape[2], VALUE=out.shape[2],
-        SINK=_size(sinks), WINDOW=window, CHUNKED=chunked,
+        SINK=_size(sinks), WINDOW=window, CHUNKED=chunked, KEY_TYPE=ops.NATIVE[k.dtype], VALUE_TYPE=ops.NATIVE[v.dtype],
     )  # fmt: skip
 
 

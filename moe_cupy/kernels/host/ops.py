@@ -169,16 +169,20 @@ def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) ->
     cache[position : position + len(new)] = quantize(new, "Q8_0") if cache.dtype == np.uint8 else new
 
 
-def _kept(split: Split, cache: np.ndarray) -> np.ndarray:
-    """The numbers of cache rows [S, G, .] as float32 [S, G, K]."""
-    if cache.dtype == np.float32:
-        return cache
-    name, width = ("Q8_0", cache.shape[2] // 34 * 32) if cache.dtype == np.uint8 else ("F16", cache.shape[2])
-    rows, raw = len(cache) * cache.shape[1], cache.view(np.uint8).reshape(-1)
-    kind, row_bytes = matmul.layout(Matrix(name, rows, width, raw))
-    out, ids = np.empty((*cache.shape[:2], width), np.float32), np.arange(rows, dtype=np.int32)
-    split(matmul.embed_rows, rows, width, kind, row_bytes, raw, ids, out.reshape(rows, width))
-    return out
+NATIVE = {np.dtype(np.float32): attending.F32, np.dtype(np.float16): attending.F16}  # what attention reads as it is
+
+
+def _kept(split: Split, cache: np.ndarray, at: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """A cache [S, G, .] as attention reads it, of Q8_0 blocks made float32 from ``at`` on, and ``rows_of``'s words."""
+    if cache.dtype in NATIVE:
+        return cache, (products.address(cache), NATIVE[cache.dtype], *cache.shape[1:])
+    rows, width = (len(cache) - at) * cache.shape[1], cache.shape[2] // 34 * 32
+    raw = cache[at:].reshape(-1)
+    kind, row_bytes = matmul.layout(Matrix("Q8_0", rows, width, raw))
+    out, ids = np.empty((rows, width), np.float32), np.arange(rows, dtype=np.int32)
+    split(matmul.embed_rows, rows, width, kind, row_bytes, raw, ids, out)
+    begin = products.address(out) - 4 * at * cache.shape[1] * width
+    return out, (begin, attending.F32, cache.shape[1], width)
 
 
 def attention(
@@ -203,13 +207,13 @@ def attention(
     ``sinks`` [H] are logits that take a share and have no value; ``temperature`` [T] multiplies a query's scores.
     """
     n_tokens, heads, width = q.shape
-    at = attending.oldest.py_func(n_past, window, chunked)
-    keys = _kept(split, k[at : n_past + n_tokens])
-    values = keys if v is k else _kept(split, v[at : n_past + n_tokens])
+    at, end = attending.oldest.py_func(n_past, window, chunked), n_past + n_tokens
+    held, keys = _kept(split, k[:end], at)
+    held_too, values = (held, keys) if v is k else _kept(split, v[:end], at)
     scales = np.full(n_tokens, scale, np.float32) if temperature is None else np.float32(scale) * temperature
-    work = 2 * width * len(keys)
-    factors, seen = (scales, _vector(sinks)), (n_past, at, window, int(chunked))
-    split(attending.attention, n_tokens * heads, work, q, (keys, values), factors, seen, out)
+    factors, seen = (scales, _vector(sinks)), (n_past, window, int(chunked))
+    split(attending.attention, n_tokens * heads, 2 * width * (end - at), q, (keys, values), factors, seen, out)
+    del held, held_too  # their addresses were in use until here
 
 
 # Recurrence

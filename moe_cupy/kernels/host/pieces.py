@@ -33,6 +33,21 @@ bytes_at, shorts_at = _pointer(types.int8, ir.IntType(8)), _pointer(types.int16,
 integers_at = _pointer(types.int32, ir.IntType(32))
 
 
+@intrinsic
+def ask_for(typingctx, address):
+    """Ask for the cache line at an address; past the end of memory nothing happens."""
+
+    def codegen(context, builder, signature, args):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        made = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, made, name)
+        builder.call(function, [builder.inttoptr(args[0], byte), number(0), number(2), number(1)])  # to read, soon
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 @njit
 def round_part(job, first, last):
     """Vectors first..last-1 of a job: rows W + ROW_BYTES * RESULTS[i] are rounded into its panel."""

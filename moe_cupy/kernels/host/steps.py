@@ -26,7 +26,8 @@ FACTOR = 4  # of ADD and ADJUST, as bits
 BIAS, BIASES = 7, 8  # where and how many, 0: none
 ROWS, WEIGHT, WEIGHTS, EPSILON, CENTRED = 4, 9, 10, 11, 12  # of NORM: rows of N numbers
 COS, SIN, HALF, NEOX, FIRST = range(8, 13)  # of ROPE: ROWS heads of N
-KEYS, VALUES, GROUPS, KEY, VALUE, KEPT, SCALE, SINKS, SINK, WINDOW, CHUNKED = range(4, 15)  # of ATTEND: N heads
+HALVES = 4  # of STORE: whether in half precision
+KEYS, VALUES, GROUPS, KEY, VALUE, KEPT, SCALE, SINKS, SINK, WINDOW, CHUNKED, KEY_TYPE, VALUE_TYPE = range(4, 17)
 GATING, BY_LOGIT, OF, USED, RENORMALISE = 9, 10, 11, 12, 13  # of ROUTE: N experts, groups USED of OF
 CHOSEN, CHOICE, BY = 14, 15, 4  # ids [CHOSEN] at CHOICE, weights scaled BY (bits)
 ADDS, SHARES = 5, 7  # of COMBINE: CHOSEN rows of N
@@ -99,23 +100,23 @@ def rope(s):
 
 @njit
 def store(s, position):
-    new, kept = floats(s[X], s[N]), floats(s[OUT] + 4 * position * s[N], s[N])
-    for i in range(new.size):
-        kept[i] = new[i]
+    new = floats(s[X], s[N])
+    if s[HALVES]:
+        kept = carray(p.shorts_at(s[OUT] + 2 * position * s[N]), s[N])
+        for i in range(new.size):
+            kept[i] = attending.half_bits(new[i])
+    else:
+        floats(s[OUT] + 4 * position * s[N], s[N])[:] = new
 
 
 @njit
 def attend_heads(s, position, first, last):
     """Heads first..last-1 of ATTEND."""
-    window, chunked = s[WINDOW], s[CHUNKED]
-    at = attending.oldest(position, window, chunked)
-    count, groups = position + 1 - at, s[GROUPS]
-    k = carray(p.floats_at(s[KEYS] + 4 * at * groups * s[KEY]), (count, groups, s[KEY]))
-    v = carray(p.floats_at(s[VALUES] + 4 * at * groups * s[KEPT]), (count, groups, s[KEPT]))
+    kept = (s[KEYS], s[KEY_TYPE], s[GROUPS], s[KEY]), (s[VALUES], s[VALUE_TYPE], s[GROUPS], s[KEPT])
     q = carray(p.floats_at(s[X]), (1, s[N], s[KEY]))
     out = carray(p.floats_at(s[OUT]), (1, s[N], s[VALUE]))
-    factors, seen = (floats(s[SCALE], 1), floats(s[SINKS], s[SINK])), (position, at, window, chunked)
-    attending.attention(q, (k, v), factors, seen, out, first, last)
+    factors, seen = (floats(s[SCALE], 1), floats(s[SINKS], s[SINK])), (position, s[WINDOW], s[CHUNKED])
+    attending.attention(q, kept, factors, seen, out, first, last)
 
 
 @cfunc("void(i8, i8, i8)", cache=True)
@@ -127,10 +128,13 @@ def attend_piece(job, first, last):
 @njit
 def attend(state, s, position):
     """All heads, shared by threads where there are many positions."""
-    work = 2 * s[KEY] * (position + 1 - attending.oldest(position, s[WINDOW], s[CHUNKED]))
+    work = 2 * s[KEY] * (position + 1 - attending.oldest(position, s[WINDOW], s[CHUNKED]))  # of a head
     job = np.zeros((1, j.JOB), np.int64)
     job[0, j.FUNCTION], job[0, j.W], job[0, j.STEPS] = state[j.ATTEND], s.ctypes.data, position
-    job[0, j.ROWS], job[0, j.PIECE_ROWS] = s[N], max(1, ATTENTION_WORK // work)
+    per_group, threads = s[N] // s[GROUPS], state[j.HELPERS] + 1
+    unit = per_group if s[GROUPS] >= threads else 1  # heads that stay together
+    share = (s[N] // unit + threads - 1) // threads * unit
+    job[0, j.ROWS], job[0, j.PIECE_ROWS] = s[N], max(share, ATTENTION_WORK // work)
     j.run(state, job, s)
 
 
@@ -159,7 +163,7 @@ def gate(s):
     layer.gate_by(table(s[X], 1, s[N]), table(s[OUT], 1, s[WIDE]))
 
 
-@njit("void(i8[::1], i8[:, ::1], i8)", nogil=True, cache=True)
+@njit
 def do_steps(state, steps, position):
     """All steps [n, STEP] in order, for the token at ``position``."""
     for i in range(len(steps)):
