@@ -1,9 +1,10 @@
 """``doctor --write``: this machine as a profile for ``plan``, measured with the engine itself on made-up models.
 
 For exact activations and for rounded ones, with one thread and with all: how fast the row kernels read each format out
-of memory; then three runs of the engine, none of them on a model that anybody plans. A tiny model tells what a layer
-costs whatever its size, one that is resident how fast the engine reads matrices, one with next to no cache how fast
-experts are read from disk, with several reads in flight, while the engine runs.
+of memory; then four runs of the engine, none of them on a model that anybody plans. A tiny model tells what a layer
+costs whatever its size, one that is resident how fast the engine reads matrices, the same watched layer by layer what a
+layer costs more that stops for a missing expert, one with next to no cache how fast experts are read from disk, with
+several reads in flight, while the engine runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.samples import random_matrix
 from moe_cupy.lab.synth import Plan, synthesise
 from moe_cupy.lab.trace import RouteTrace
-from moe_cupy.plan.cost import waiting
+from moe_cupy.plan.cost import stops, waiting
 from moe_cupy.plan.shapes import Model, from_file
 from moe_cupy.plan.tables import PlanError, table
 from moe_ref.command import check_writable, note, whole_file
@@ -89,8 +90,8 @@ def made_up(path: Path, layers: int, hidden: int, ffn: int) -> None:
         synthesise(out, trace, Plan(TOKENS, layers, EXPERTS, USED, hidden, ffn, "Q4_K"), 0)
 
 
-def decode(path: Path, cache: str, threads: int, act: str) -> Run:
-    """Decode all tokens with the engine's defaults."""
+def decode(path: Path, cache: str, threads: int, act: str, watched: bool = False) -> Run:
+    """Decode all tokens with the engine's defaults; ``watched``, it stops in each layer to tell the routes."""
     from moe_cupy.engine import Engine
 
     with open_model(path) as file:
@@ -99,6 +100,7 @@ def decode(path: Path, cache: str, threads: int, act: str) -> Run:
         for token in range(WARM):
             engine.decode(token)
         engine.reset_stats()
+        engine.forward.observe = (lambda layer, routes: None) if watched else None
         for token in range(WARM, TOKENS):
             engine.decode(token)
         stats = engine.stats
@@ -128,23 +130,26 @@ def undisturbed(tiny: Path, large: Path, threads: int, act: str) -> dict[str, An
 
 def measure_with(tiny: Path, large: Path, threads: int, act: str) -> dict[str, Any]:
     """Seconds a layer, GB/s of weights from memory and of experts from disk, and of the row kernels by format."""
-    small, resident, missing = (
-        min((decode(path, cache, threads, act) for _ in range(times)), key=lambda run: run.seconds)
-        for path, cache, times in ((tiny, "100%", 3), (large, "100%", 2), (large, f"slots:{2 * USED}", 2))
-    )
+    small, resident, watched, missing = (
+        min((decode(*given, threads=threads, act=act, watched=w) for _ in range(3)), key=lambda run: run.seconds)
+        for *given, w in (
+            (tiny, "100%", False), (large, "100%", False), (large, "100%", True), (large, f"slots:{2 * USED}", False),
+        )
+    )  # fmt: skip
     layers = resident.model.layers
+    stop_s = max(0.0, (watched.seconds - resident.seconds) / layers)
     # Two equations for the seconds of a layer and of a byte, both resident:
     per_byte = (resident.seconds - small.seconds * layers / small.model.layers) / (
         resident.read - small.read * layers / small.model.layers
     )
     layer_s = (small.seconds - small.read * per_byte) / small.model.layers
     expert = missing.model.expert_bytes
-    waited = missing.seconds - missing.model.layers * layer_s - missing.read * per_byte
     missed = missing.misses / (missing.model.layers * USED)
+    waited = missing.seconds - layers * (layer_s + stops(missed, USED) * stop_s) - missing.read * per_byte
     read_s = solve(lambda read: missing.model.layers * waiting(missed, USED, read, expert * per_byte), waited)
     read_s = max(read_s, expert * per_byte * (USED - 1) / USED)  # quicker ones are never waited for, so not measured
     rates = {"weights_gbps": 1e-9 / per_byte, "experts_from_disk_gbps": 1e-9 * expert / read_s}
-    return {"layer_us": 1e6 * layer_s, **rates, "rows": row_rates(threads, act)}
+    return {"layer_us": 1e6 * layer_s, "stop_us": 1e6 * stop_s, **rates, "rows": row_rates(threads, act)}
 
 
 def solve(rising: Callable[[float], float], target: float) -> float:

@@ -197,6 +197,11 @@ def waiting(missed: float, used: int, read_s: float, compute_s: float) -> float:
     return seconds
 
 
+def stops(missed: float, used: int) -> float:
+    """The chance that a layer misses at least one of its ``used`` experts, each with probability ``missed``."""
+    return 1 - (1 - missed) ** used
+
+
 def host_decode(model: Model, machine: Machine, hit_rate: float, threads: int | None = None, act: str = "q8",
                 past: float = 0.0) -> list[Term]:  # fmt: skip
     """One token on this runtime's host device: weights in RAM, experts in a cache there or read from disk.
@@ -215,15 +220,20 @@ def host_decode(model: Model, machine: Machine, hit_rate: float, threads: int | 
     text = f"{model.layers} layers x {host.layer_us:.4g} us"
     terms.append(Term("layers", model.layers * host.layer_us * 1e-6, text))
     if model.experts and hit_rate < 1:
+        stopped = len(model.moe_layers) * stops(1 - hit_rate, model.expert_used_count)
+        if host.stop_us:
+            text = f"{stopped:.4g} layers with a miss x {host.stop_us:.4g} us"
+            terms.append(Term("stops in Python", stopped * host.stop_us * 1e-6, text))
         terms.append(disk_wait(model, machine, hit_rate, host))
     return terms
 
 
 @dataclass(frozen=True, slots=True)
 class HostRates:
-    """What a host measured: seconds of a layer, bytes/s of each format, and of experts from disk."""
+    """What a host measured: microseconds of a layer, what it takes more where it stops, bytes/s of formats and disk."""
 
     layer_us: float
+    stop_us: float
     rate: float  # of Q4_K, in the engine
     disk: float
     rows: Mapping[str, float]  # GB/s of the row kernels alone, by format
@@ -241,7 +251,7 @@ def host_rates(machine: Machine, act: str, threads: int) -> HostRates:
     found = by_threads[f"t{counts[0]}"] if counts else measured
     rate = 1e9 * found["weights_gbps"] if "weights_gbps" in found else machine.ram_practical
     disk = 1e9 * found["experts_from_disk_gbps"] if "experts_from_disk_gbps" in found else machine.disk_practical
-    return HostRates(found.get("layer_us", e["step_us"]), rate, disk, found.get("rows", {}))
+    return HostRates(found.get("layer_us", e["step_us"]), found.get("stop_us", 0.0), rate, disk, found.get("rows", {}))
 
 
 def disk_wait(model: Model, machine: Machine, hit_rate: float, host: HostRates) -> Term:

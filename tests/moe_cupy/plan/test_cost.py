@@ -200,6 +200,15 @@ def test_a_host_token_by_hand(tmp_path):
     assert total(host_decode(model, machine, 0.9, 1)) > seconds
 
 
+def test_a_layer_that_misses_an_expert_costs_what_it_costs_to_stop(tmp_path):
+    """0.9^8 of the layers of a model with 8 of 128 experts miss none."""
+    model, times = preset("qwen3-30b-a3b"), []
+    for stop in ("", "stop_us = 70\n"):
+        (tmp_path / "mine.toml").write_text(PROFILE.replace("layer_us = 200\n", "layer_us = 200\n" + stop))
+        times.append(total(host_decode(model, machine_called(str(tmp_path / "mine.toml")), 0.9, 1)))
+    assert times[1] - times[0] == pytest.approx(48 * (1 - 0.9**8) * 70e-6)
+
+
 def test_a_measured_profile_is_read_back(tmp_path):
     """What ``doctor --write`` writes, as ``plan --hardware`` reads it."""
     rates = {"layer_us": 250.0, "weights_gbps": 9.0, "experts_from_disk_gbps": 1.6, "rows": {"Q4_K": 15.0, "F32": 20.0}}

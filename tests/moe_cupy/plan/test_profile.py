@@ -11,7 +11,7 @@ from moe_cupy.plan.shapes import from_file
 from moe_cupy.profile_command import USED, Run, made_up, undisturbed
 from moe_ref.split import open_model
 
-LAYER_S, PER_BYTE, READ_S = 100e-6, 1e-10, 5e-3  # of the machine that is made up
+LAYER_S, STOP_S, PER_BYTE, READ_S = 100e-6, 60e-6, 1e-10, 5e-3  # of the machine that is made up
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +27,15 @@ def machine(monkeypatch, slowed: float = 1.0, waits: bool = True) -> None:
     """A machine that computes as said above; resident runs of the large model take ``slowed`` times as long."""
     monkeypatch.setattr(profile_command, "row_rates", lambda threads, act: {})
 
-    def decode(path, cache, threads, act):
+    def decode(path, cache, threads, act, watched):
         with open_model(path) as file:
             model = from_file(file)
         run = Run(model, 0.0, 0.0)
         seconds = model.layers * LAYER_S + run.read * PER_BYTE
         if cache == "100%":
-            return Run(model, seconds * (slowed if "large" in str(path) else 1), 0.0)
+            return Run(model, seconds * (slowed if "large" in str(path) else 1) + watched * model.layers * STOP_S, 0.0)
         wait = USED * READ_S - (USED - 1) * model.expert_bytes * PER_BYTE  # all experts of a layer are missing
-        return Run(model, seconds + model.layers * wait * waits, float(model.layers * USED))
+        return Run(model, seconds + model.layers * (STOP_S + wait * waits), float(model.layers * USED))
 
     monkeypatch.setattr(profile_command, "decode", decode)
 
@@ -52,6 +52,7 @@ def test_rates_are_found_again(files, monkeypatch):
     with open_model(files[1]) as file:
         expert = from_file(file).expert_bytes
     assert found["layer_us"] == pytest.approx(1e6 * LAYER_S)
+    assert found["stop_us"] == pytest.approx(1e6 * STOP_S)
     assert found["weights_gbps"] == pytest.approx(1e-9 / PER_BYTE)
     assert found["experts_from_disk_gbps"] == pytest.approx(1e-9 * expert / READ_S)
 
