@@ -130,12 +130,9 @@ def undisturbed(tiny: Path, large: Path, threads: int, act: str) -> dict[str, An
 
 def measure_with(tiny: Path, large: Path, threads: int, act: str) -> dict[str, Any]:
     """Seconds a layer, GB/s of weights from memory and of experts from disk, and of the row kernels by format."""
-    small, resident, watched, missing = (
-        min((decode(*given, threads=threads, act=act, watched=w) for _ in range(3)), key=lambda run: run.seconds)
-        for *given, w in (
-            (tiny, "100%", False), (large, "100%", False), (large, "100%", True), (large, f"slots:{2 * USED}", False),
-        )
-    )  # fmt: skip
+    kinds = (tiny, "100%", False), (large, "100%", False), (large, "100%", True), (large, f"slots:{2 * USED}", False)
+    rounds = [[decode(path, cache, threads, act, watched) for path, cache, watched in kinds] for _ in range(3)]
+    small, resident, watched, missing = (min(runs, key=lambda run: run.seconds) for runs in zip(*rounds, strict=True))
     layers = resident.model.layers
     stop_s = max(0.0, (watched.seconds - resident.seconds) / layers)
     # Two equations for the seconds of a layer and of a byte, both resident:
