@@ -11,8 +11,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-PLAIN, HALF, BFLOAT, Q8_0, Q8_K, Q8_K_BY_HALVES = range(6)  # what vectors are rounded to
-KINDS = {"F32": PLAIN, "F16": HALF, "BF16": BFLOAT, "Q8_0": Q8_0, "Q8_1": Q8_0, "Q8_K": Q8_K}
+PLAIN, HALF, BFLOAT, Q8_0, Q8_1, Q8_K, Q8_K_BY_HALVES = range(7)  # what vectors are rounded to
+KINDS = {"F32": PLAIN, "F16": HALF, "BF16": BFLOAT, "Q8_0": Q8_0, "Q8_1": Q8_1, "Q8_K": Q8_K}
 
 
 def _reinterpret(source: types.Type, target: types.Type, made: ir.Type):
@@ -125,24 +125,49 @@ def round_q8_k(x, cols, order, most, halves, panel):
         t += columns
 
 
+@njit(inline="always")
+def block_q8_0(x, low, high, sums):
+    """One block of 32 as 16 and 16 values; sums [4] are -16 times those that a lane meets. Returns step, step * sum."""
+    top = largest(x)
+    step, factor = top / np.float32(127), np.float32(0) if top == 0 else np.float32(127) / top
+    round_all(x[:16], factor, low)
+    round_all(x[16:], factor, high)
+    total = np.int32(0)
+    for lane in range(4):
+        own = np.int32(0)
+        for i in range(4):
+            own += np.int32(low[4 * lane + i]) + np.int32(high[4 * lane + i])
+        total += own
+        sums[lane] = -16 * own
+    return to_half(step), to_half(step * np.float32(total))
+
+
 @njit
-def round_q8_0(x, cols, order, most, values, steps, sums):
-    """Blocks of 32; ``sums`` are Q8_1's, of the values times the step."""
-    blocks, t = cols // 32, 0
+def round_q8_0(x, cols, order, most, panel):
+    """Blocks of 32, four by four as in ``simd/blocks.py``, into values, steps, sums (Q8_1's) and lanes' sums.
+
+    A row's last four are filled up with zeros.
+    """
+    (values, steps, sums, lanes), kept = panel, np.empty(4, np.int16)
+    fours, t = (cols + 127) // 128, 0
     while t < order.size:
         columns = width(order.size - t, most)
         for c in range(columns):
             row = x[order[t + c]]
-            for b in range(blocks):
-                at, part = t * blocks + b * columns + c, row[32 * b : 32 * (b + 1)]
-                top = largest(part)
-                step, factor = top / np.float32(127), np.float32(0) if top == 0 else np.float32(127) / top
-                codes = values[32 * at : 32 * (at + 1)]
-                round_all(part, factor, codes)
-                total = np.int32(0)
-                for i in range(32):
-                    total += np.int32(codes[i])
-                steps[at], sums[at] = to_half(step), to_half(step * np.float32(total))
+            for b in range(4 * fours):
+                at = t * fours + b // 4 * columns + c
+                first, place = 128 * at + 16 * (b % 4), 4 * at + b % 4
+                low, high = values[first : first + 16], values[first + 64 : first + 80]
+                step = total = np.float32(0)
+                if 32 * b < cols:
+                    step, total = block_q8_0(row[32 * b : 32 * (b + 1)], low, high, kept)
+                else:
+                    low[:], high[:], kept[:] = 0, 0, 0
+                steps[place] = step
+                if sums.size:
+                    sums[place] = total
+                else:
+                    lanes[4 * place : 4 * place + 4] = kept
         t += columns
 
 
@@ -172,9 +197,10 @@ def round_rows(kind, x, cols, order, most, panel, at):
     if kind in (Q8_K, Q8_K_BY_HALVES):
         b = at * cols // 256
         round_q8_k(x, cols, order, most, kind != Q8_K, (codes[at * cols :], steps[b:], groups[16 * b :]))
-    elif kind == Q8_0:
-        b = at * cols // 32
-        round_q8_0(x, cols, order, most, codes[at * cols :], steps[b:], sums[b:])
+    elif kind in (Q8_0, Q8_1):
+        b, nothing = at * ((cols + 127) // 128), sums[:0]
+        own = sums[4 * b :] if kind == Q8_1 else nothing
+        round_q8_0(x, cols, order, most, (codes[128 * b :], steps[4 * b :], own, groups[16 * b :]))
     else:
         round_floats(x, cols, order, most, kind, values[at * cols :])
 
@@ -182,9 +208,14 @@ def round_rows(kind, x, cols, order, most, panel, at):
 @njit
 def new_panel(kind, tokens, cols):
     """Memory for ``tokens`` vectors rounded to ``kind``."""
-    whole = tokens * cols if kind in (Q8_0, Q8_K, Q8_K_BY_HALVES) else 0
-    blocks = whole // 32 if kind == Q8_0 else whole // 256
+    whole, blocks, sums, lanes = 0, 0, 0, 0
+    if kind in (Q8_0, Q8_1):
+        fours = tokens * ((cols + 127) // 128)
+        whole, blocks, sums = 128 * fours, 4 * fours, 4 * fours if kind == Q8_1 else 0
+        lanes = 16 * fours if kind == Q8_0 else 0
+    elif kind in (Q8_K, Q8_K_BY_HALVES):
+        whole, blocks, lanes = tokens * cols, tokens * cols // 256, tokens * cols // 16
     return (
-        np.empty(whole, np.int8), np.empty(tokens * cols - whole, np.float32), np.empty(blocks, np.float32),
-        np.empty(blocks if kind == Q8_0 else 0, np.float32), np.empty(0 if kind == Q8_0 else 16 * blocks, np.int16),
+        np.empty(whole, np.int8), np.empty(0 if whole else tokens * cols, np.float32), np.empty(blocks, np.float32),
+        np.empty(sums, np.float32), np.empty(lanes, np.int16),
     )  # fmt: skip

@@ -29,33 +29,34 @@ LANES = 16, 8  # of the running sums: of products, and of floors
 def _by_halves(code: Code, at: Address) -> Value:
     """The 128 bytes at an address: the first 16 of each 32, then the others."""
     rows = code.read(vector(I8, 128), at)
-    return code.each(rows, [32 * i + 16 * half + j for half in (0, 1) for i in range(4) for j in range(16)])
+    return code.pick(rows, [32 * i + 16 * half + j for half in (0, 1) for i in range(4) for j in range(16)])
 
 
 def _words(code: Code, isa: Portable, scales: Value) -> Value:
     """Bytes [8] -> int16 [32]: four times that of the low, then of the high bits."""
-    many = isa.settled(code, code.each(scales, [*range(8)] * 8))  # in each 16 bytes, where a shuffle finds them
-    zero = many.type.count // code.rows
+    many = isa.settled(code, code.pick(scales, [*range(8)] * 8))  # in each 16 bytes, where a shuffle finds them
+    zero = many.type.count
     lanes = [w for i in range(4) for part in (2 * i, 2 * i + 1) for _ in range(4) for w in (16 * i + part, zero)]
-    return code.bitcast(code.each(many, lanes, constant(many.type, 0)), vector(I16, 32 * code.rows))
+    return code.bitcast(code.pick(many, lanes, constant(many.type, 0)), vector(I16, 32))
 
 
 def add_q4_k(
-    isa: Portable, code: Code, at: Address, panel: Sequence[Value], sums: Sequence[Sequence[Value]]
+    isa: Portable, code: Code, at: Sequence[Address], panel: Sequence[Value], sums: Sequence[Sequence[Value]]
 ) -> None:
     """Add the products of 256 weights with each column. Byte 0 d, 2 floor step, 4 scales and floors, 16 nibbles."""
+    (at,) = at
     values, steps, group_sums = panel
     packed, (scales, floors) = _by_halves(code, code.at(at, 16)), packed_scales(code, code.at(at, 4))
     codes, scales = (code.mask(packed, 15), code.mask(code.right(packed, 4), 15)), _words(code, isa, scales)
-    floors = code.bitcast(code.zext(floors, like(floors, I32)), vector(I16, 16 * code.rows))
+    floors = code.bitcast(code.zext(floors, like(floors, I32)), vector(I16, 16))
     factors = halves(code, isa, at, 0, 2)
     for c, (products, lows) in enumerate(sums):
-        x = [code.for_all(code.read(vector(I8, 128), values, 256 * c + 128 * odd)) for odd in (0, 1)]
+        x = [code.read(vector(I8, 128), values, 256 * c + 128 * odd) for odd in (0, 1)]
         total = isa.scaled(code, None, isa.packed_fours(code, codes, x), scales)
-        low = isa.scaled(code, None, code.for_all(code.read(WORDS, group_sums, 32 * c)), floors)
-        step = code.splat(code.read(F32, steps, 4 * c), code.rows)
+        low = isa.scaled(code, None, code.read(WORDS, group_sums, 32 * c), floors)
+        step = code.read(vector(F32, 1), steps, 4 * c)
         d, floor_step = (
-            code.each(code.fmul(one, step), [0] * count) for one, count in zip(factors, LANES, strict=True)
+            code.pick(code.fmul(one, step), [0] * count) for one, count in zip(factors, LANES, strict=True)
         )
         code.store(code.multiply_add(code.float_of(total), d, code.load(products)), products)
         code.store(code.multiply_add(code.fneg(code.float_of(low)), floor_step, code.load(lows)), lows)
