@@ -19,7 +19,7 @@ from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.engine import Engine
 from moe_cupy.kernels.host import jobs, ops, products, rounding
 from moe_cupy.kernels.host.simd import compiler, isa
-from moe_cupy.kernels.host.simd.rows import BLOCKS, FLOATS, FORMATS, SUPER_BLOCKS, row_kernel
+from moe_cupy.kernels.host.simd.rows import BLOCKS, FLOATS, FORMATS, row_kernel
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.samples import SCALES_AT, U, random_matrix
 from moe_cupy.tools.check import compare_rounded
@@ -173,7 +173,7 @@ def test_avx2_and_avx512_give_the_same_bits_and_portable_code_what_rounding_allo
 
 
 def test_every_format_is_written_for_every_instruction_set():
-    assert {*SUPER_BLOCKS, *BLOCKS, *FLOATS} >= {
+    assert {*FORMATS} >= {
         "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"
     }  # fmt: skip
     marks = {"avx2": "avx2.pmadd", "avx512": "vpdpbusd.512", "portable": "x86"}
@@ -252,15 +252,24 @@ def rounded_panel(code: int, x: np.ndarray, most: int) -> tuple[np.ndarray, ...]
 
 
 def test_vectors_for_q4_k_are_those_of_the_reference_in_the_order_of_their_kernel():
-    x, count = vectors(3), 3
-    panel = rounding.new_panel(rounding.Q8_K_BY_HALVES, count, COLS)
-    rounding.round_rows(rounding.Q8_K_BY_HALVES, x, COLS, np.arange(count), 1, panel, 0)
+    x = vectors(3)
+    panel = rounded_panel(rounding.Q8_K_BY_HALVES, x, 1)
     step, q = quantize_q8_k(x)
     blocks = q.reshape(-1, 4, 2, 2, 16)  # pair of sub-blocks, low or high bits, half, weight
     assert np.array_equal(panel[0].reshape(-1, 256), blocks.transpose(0, 2, 3, 1, 4).reshape(-1, 256))
     assert np.array_equal(panel[2], step.reshape(-1))
     sums = panel[4].reshape(-1, 8, 2)
     assert np.array_equal(sums[..., 0], blocks.sum((3, 4)).reshape(-1, 8)) and not sums[..., 1].any()
+
+
+def test_vectors_for_iq4_xs_are_those_of_the_reference_in_the_order_of_their_kernel():
+    x = vectors(3)
+    panel = rounded_panel(rounding.Q8_K_BY_FOURS, x, 1)
+    step, q = quantize_q8_k(x)
+    parts = q.reshape(-1, 2, 4, 2, 16)  # four parts, part, half, weight
+    assert np.array_equal(panel[0].reshape(-1, 256), parts.transpose(0, 1, 3, 2, 4).reshape(-1, 256))
+    assert np.array_equal(panel[2], step.reshape(-1))
+    assert np.array_equal(panel[4].reshape(-1), -16 * parts.reshape(-1, 2, 4, 2, 4, 4).sum((3, 5)).reshape(-1))
 
 
 def untiled(flat: np.ndarray, count: int, most: int, size: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from numba import njit
 
 from moe_cupy.kernels.host import jobs as j
 from moe_cupy.kernels.host.pieces import list_rounding
-from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_HALVES, new_panel
+from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_FOURS, Q8_K_BY_HALVES, new_panel
 from moe_cupy.kernels.host.simd.compiler import rows_address
 from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.host.simd.nibbles import BY_HALVES
@@ -37,7 +37,9 @@ def takes(w: Matrix, act: str) -> bool:
 
 def rounding(kind: str) -> int:
     """What vectors are rounded to that meet a format."""
-    return Q8_K_BY_HALVES if kind in BY_HALVES else KINDS[DOT_TYPES.get(kind, "F32")]
+    if kind in BY_HALVES:
+        return Q8_K_BY_HALVES
+    return Q8_K_BY_FOURS if kind == "IQ4_XS" else KINDS[DOT_TYPES.get(kind, "F32")]
 
 
 @lru_cache(1024)

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-PLAIN, HALF, BFLOAT, Q8_0, Q8_1, Q8_K, Q8_K_BY_HALVES = range(7)  # what vectors are rounded to
+PLAIN, HALF, BFLOAT, Q8_0, Q8_1, Q8_K, Q8_K_BY_HALVES, Q8_K_BY_FOURS = range(8)  # what vectors are rounded to
 KINDS = {"F32": PLAIN, "F16": HALF, "BF16": BFLOAT, "Q8_0": Q8_0, "Q8_1": Q8_1, "Q8_K": Q8_K}
 
 
@@ -70,6 +70,12 @@ def round_all(x, factor, out):
         out[i] = np.int8(bits_of(x[i] * factor + np.float32(12582912)))
 
 
+@njit(inline="always")
+def sums_in_block(kind):
+    """Sums that come with 256 values."""
+    return 32 if kind == Q8_K_BY_FOURS else 16
+
+
 @njit
 def block_q8_k(x, values, sums):
     """One block of 256, whose largest magnitude becomes -127 steps; returns the step."""
@@ -103,12 +109,32 @@ def by_halves(values, sums, out, out_sums):
             out_sums[2 * g], out_sums[2 * g + 1] = sums[2 * g] + sums[2 * g + 1], 0
 
 
+@njit(inline="always")
+def lane_sums(low, high, sums):
+    """-16 times the sums of four and four values: what an offset of 16 in unsigned codes adds to their products."""
+    for lane in range(4):
+        total = np.int32(0)
+        for i in range(4):
+            total += np.int32(low[4 * lane + i]) + np.int32(high[4 * lane + i])
+        sums[lane] = -16 * total
+
+
 @njit
-def round_q8_k(x, cols, order, most, halves, panel):
-    """Blocks of 256, in their own order or ``by_halves``, into values, steps and sums."""
+def by_fours(values, out, lanes):
+    """A block of 256 in the order of ``simd/iq4_xs.py``, and the sums of what a lane meets."""
+    for part in range(8):
+        at = 128 * (part // 4) + 16 * (part % 4)
+        low, high = out[at : at + 16], out[at + 64 : at + 80]
+        low[:], high[:] = values[32 * part : 32 * part + 16], values[32 * part + 16 : 32 * part + 32]
+        lane_sums(low, high, lanes[4 * part : 4 * part + 4])
+
+
+@njit
+def round_q8_k(x, cols, order, most, kind, panel):
+    """Blocks of 256, in their own order, ``by_halves`` or ``by_fours``, into values, steps and sums."""
     values, steps, sums = panel
     block, block_sums = np.empty(256, np.int8), np.empty(16, np.int16)
-    blocks, t = cols // 256, 0
+    blocks, size, t = cols // 256, sums_in_block(kind), 0
     while t < order.size:
         columns = width(order.size - t, most)
         for c in range(columns):
@@ -116,12 +142,15 @@ def round_q8_k(x, cols, order, most, halves, panel):
             for b in range(blocks):
                 at = t * blocks + b * columns + c
                 part = row[256 * b : 256 * (b + 1)]
-                own, own_sums = values[256 * at : 256 * (at + 1)], sums[16 * at : 16 * (at + 1)]
-                if halves:
-                    steps[at] = block_q8_k(part, block, block_sums)
+                own, own_sums = values[256 * at : 256 * (at + 1)], sums[size * at : size * (at + 1)]
+                if kind == Q8_K:
+                    steps[at] = block_q8_k(part, own, own_sums)
+                    continue
+                steps[at] = block_q8_k(part, block, block_sums)
+                if kind == Q8_K_BY_HALVES:
                     by_halves(block, block_sums, own, own_sums)
                 else:
-                    steps[at] = block_q8_k(part, own, own_sums)
+                    by_fours(block, own, own_sums)
         t += columns
 
 
@@ -133,12 +162,9 @@ def block_q8_0(x, low, high, sums):
     round_all(x[:16], factor, low)
     round_all(x[16:], factor, high)
     total = np.int32(0)
-    for lane in range(4):
-        own = np.int32(0)
-        for i in range(4):
-            own += np.int32(low[4 * lane + i]) + np.int32(high[4 * lane + i])
-        total += own
-        sums[lane] = -16 * own
+    for i in range(16):
+        total += np.int32(low[i]) + np.int32(high[i])
+    lane_sums(low, high, sums)
     return to_half(step), to_half(step * np.float32(total))
 
 
@@ -194,9 +220,10 @@ def round_rows(kind, x, cols, order, most, panel, at):
     ``panel`` is codes int8, values float32, steps float32, sums float32 and group sums int16; a kind uses some of them.
     """
     codes, values, steps, sums, groups = panel
-    if kind in (Q8_K, Q8_K_BY_HALVES):
+    if kind >= Q8_K:
         b = at * cols // 256
-        round_q8_k(x, cols, order, most, kind != Q8_K, (codes[at * cols :], steps[b:], groups[16 * b :]))
+        own = codes[256 * b :], steps[b:], groups[sums_in_block(kind) * b :]
+        round_q8_k(x, cols, order, most, kind, own)
     elif kind in (Q8_0, Q8_1):
         b, nothing = at * ((cols + 127) // 128), sums[:0]
         own = sums[4 * b :] if kind == Q8_1 else nothing
@@ -213,8 +240,9 @@ def new_panel(kind, tokens, cols):
         fours = tokens * ((cols + 127) // 128)
         whole, blocks, sums = 128 * fours, 4 * fours, 4 * fours if kind == Q8_1 else 0
         lanes = 16 * fours if kind == Q8_0 else 0
-    elif kind in (Q8_K, Q8_K_BY_HALVES):
-        whole, blocks, lanes = tokens * cols, tokens * cols // 256, tokens * cols // 16
+    elif kind >= Q8_K:
+        whole, blocks = tokens * cols, tokens * cols // 256
+        lanes = sums_in_block(kind) * blocks
     return (
         np.empty(whole, np.int8), np.empty(0 if whole else tokens * cols, np.float32), np.empty(blocks, np.float32),
         np.empty(sums, np.float32), np.empty(lanes, np.int16),

@@ -19,11 +19,11 @@ from llvmlite import ir
 
 from moe_cupy.kernels.host.simd.code import F32, I1, I8, I16, I32, I64, Address, Code, Value, constant, like, vector
 from moe_cupy.kernels.host.simd.isa import Portable
-from moe_cupy.kernels.host.simd.superblocks import IQ4_VALUES
 from moe_ref.quants.fp4 import E2M1_DOUBLED
+from moe_ref.quants.iq4 import VALUES
 
 FP4_UNSIGNED = tuple(int(v) + 16 for v in E2M1_DOUBLED)
-IQ4_UNSIGNED = tuple((v + 128) % 256 for v in IQ4_VALUES)
+IQ4_UNSIGNED = tuple(int(v) + 128 for v in VALUES)
 POWERS = (0x200000, 0x400000, *((e - 1) << 23 for e in range(2, 256)))  # 2^(e - 128), bits of float32
 
 
@@ -59,10 +59,14 @@ def _halves(code: Code, isa: Portable, at: Sequence[Address], offset: int) -> Va
     return isa.half(code, code.bitcast(_side_by_side(code, I16, at, offset), vector(I16, 4)))
 
 
-def _nibbles(code: Code, at: Sequence[Address], offset: int) -> tuple[Value, Value]:
-    """The low and the high nibbles of 16 bytes of each block."""
-    packed = code.join([code.read(vector(I8, 16), one, offset) for one in at])
+def nibbles(code: Code, packed: Value) -> tuple[Value, Value]:
+    """The low and the high ones of bytes."""
     return code.mask(packed, 15), code.mask(code.right(packed, 4), 15)
+
+
+def _nibbles(code: Code, at: Sequence[Address], offset: int) -> tuple[Value, Value]:
+    """Those of 16 bytes of each block."""
+    return nibbles(code, code.join([code.read(vector(I8, 16), one, offset) for one in at]))
 
 
 def _with_fifth_bits(code: Code, at: Sequence[Address], offset: int) -> list[Value]:
@@ -70,7 +74,7 @@ def _with_fifth_bits(code: Code, at: Sequence[Address], offset: int) -> list[Val
     made = []
     for half, codes in enumerate(_nibbles(code, at, offset + 4)):
         is_set = code.bitcast(_side_by_side(code, I16, at, offset + 2 * half), vector(I1, 64))
-        made.append(code.select(is_set, code.or_(codes, constant(codes.type, 16)), codes))
+        made.append(code.select(is_set, code.add(codes, constant(codes.type, 16)), codes))
     return made
 
 

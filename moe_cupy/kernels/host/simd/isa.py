@@ -91,13 +91,15 @@ class Portable:
         lanes = [4 * i + 16 * which + j for i in range(4) for which in (0, 1) for j in range(4)]
         return code.pick(sums[0], lanes, sums[1])
 
-    def sizes(self, code: Code, v: Value) -> Value:
-        """Absolute values of signed bytes."""
-        return code.call_llvm(f"llvm.abs.v{v.type.count}i8", v.type, v, ir.Constant(ir.IntType(1), 0))
-
-    def signed_by(self, code: Code, x: Value, v: Value) -> Value:
-        """x with the sign of v; what it is where v is 0 does not matter."""
-        return code.select(code.icmp_signed("<", v, constant(v.type, 0)), code.neg(x), x)
+    def moved(self, code: Code, v: Value, by: Sequence[int]) -> Value:
+        """int32 with the bits of each lane moved left, or right; of each 8 lanes all the same way. What comes in is not
+        to be used."""
+        some = [by[i : i + 8] for i in range(0, len(by), 8)]
+        parts = zip(code.parts(v, len(some)), some, strict=True)
+        return code.join([
+            code.lshr(part, constant(part.type, [-n for n in counts])) if min(counts) < 0
+            else code.shl(part, constant(part.type, counts)) for part, counts in parts
+        ])  # fmt: skip
 
     def half(self, code: Code, bits: Value) -> Value:
         """Half precision, its bits as a vector of int16, as float32: a multiplication moves the exponent."""
@@ -159,18 +161,17 @@ class Avx2(Portable):
 
     def _eights_by_sign(self, code: Code, codes: Sequence[Value], ones: Value) -> Products:
         signed = [code.xor(v, constant(v.type, -128)) for v in codes]
-        sizes = [self.sizes(code, v) for v in signed]
+        no_poison = ir.Constant(ir.IntType(1), 0)  # -128 stays what it is
+        sizes = [code.call_llvm("llvm.abs.v64i8", v.type, v, no_poison) for v in signed]
 
         def multiply(x: Sequence[Value], sums: Value) -> Value:
             total = None
             for size, some, v in zip(sizes, x, signed, strict=True):
-                total = self.scaled(code, total, self.pairs(code, size, self.signed_by(code, some, v)), ones)
+                x_signed = self.split(code, "llvm.x86.avx2.psign.b", BYTES, some, v)
+                total = self.scaled(code, total, self.pairs(code, size, x_signed), ones)
             return total
 
         return multiply
-
-    def signed_by(self, code: Code, x: Value, v: Value) -> Value:
-        return self.split(code, "llvm.x86.avx2.psign.b", BYTES, x, v)
 
     def settled(self, code: Code, v: Value) -> Value:
         parts = code.parts(v, max(1, v.type.count * v.type.element.width // self.bits))
@@ -230,12 +231,13 @@ class Avx512(Avx2):
     def eights(self, code: Code, codes: Sequence[Value], offset: int) -> Products:
         return lambda x, sums: self.dots(code, self.taken_away(code, sums, offset), codes, x)
 
+    def moved(self, code: Code, v: Value, by: Sequence[int]) -> Value:
+        counts = constant(v.type, [n % 32 for n in by])
+        return code.call_llvm(f"llvm.fshl.v{v.type.count}i32", v.type, v, v, counts)
+
     def packed_fours(self, code: Code, codes: Sequence[Value], x: Sequence[Value]) -> Value:
         sums = [self.dots(code, None, code.parts(a, 2), code.parts(b, 2)) for a, b in zip(codes, x, strict=True)]
         return code.call_llvm("llvm.x86.avx512.packssdw.512", vector(I16, 32), *sums)
-
-    def signed_by(self, code: Code, x: Value, v: Value) -> Value:
-        return super().signed_by(code, x, v) if v.type.count == 32 else Portable.signed_by(self, code, x, v)
 
     def look_up(self, code: Code, table: tuple[int, ...], index: Value) -> Value:
         if index.type.count == 32:

@@ -1,4 +1,4 @@
-"""Q4_K: a super-block's weights are moved so that a lane meets one sub-block only, and its scale is applied once.
+"""Q4_K and Q5_K: weights are moved so that a lane meets one sub-block only, and its scale is applied once.
 
 The 128 bytes of nibbles are four rows of 32: row i holds sub-block 2i in the low bits and 2i + 1 in the high ones. The
 first 16 bytes of all four make one vector, the last 16 the other::
@@ -7,7 +7,7 @@ first 16 bytes of all four make one vector, the last 16 the other::
     sub-blocks, low bits     0    0    0    0    2    2    2    2    …    6
                 high bits    1    1    1    1    3    3    3    3    …    7
 
-Both are multiplied and added into one vector of 16 sums, each at most 15 * 127 * 8 and so a 16-bit number, before any
+Both are multiplied and added into one vector of 16 sums, each at most 31 * 127 * 8 and so a 16-bit number, before any
 scale is needed. Those of the low and of the high bits are packed into one vector of 32, which meets the scales.
 
 The activations lie in the same order in their panel (``rounding.round_q8_k``): sub-blocks 0, 2, 4, 6, the first halves
@@ -22,7 +22,7 @@ from moe_cupy.kernels.host.simd.code import F32, I8, I16, I32, Address, Code, Va
 from moe_cupy.kernels.host.simd.isa import WORDS, Portable
 from moe_cupy.kernels.host.simd.superblocks import halves, packed_scales
 
-BY_HALVES = ("Q4_K",)  # formats whose vectors are to lie in this order
+BY_HALVES = ("Q4_K", "Q5_K")  # formats whose vectors are to lie in this order
 LANES = 16, 8  # of the running sums: of products, and of floors
 
 
@@ -40,14 +40,31 @@ def _words(code: Code, isa: Portable, scales: Value) -> Value:
     return code.bitcast(code.pick(many, lanes, constant(many.type, 0)), vector(I16, 32))
 
 
-def add_q4_k(
-    isa: Portable, code: Code, at: Sequence[Address], panel: Sequence[Value], sums: Sequence[Sequence[Value]]
+def _codes(code: Code, isa: Portable, kind: str, at: Address) -> list[Value]:
+    """Of the sub-blocks in low bits, then of those in high bits, 128 bytes each."""
+    packed = _by_halves(code, code.at(at, 16 if kind == "Q4_K" else 48))
+    codes = [code.mask(packed, 15), code.mask(code.right(packed, 4), 15)]
+    return codes if kind == "Q4_K" else [_with_fifth_bits(code, isa, v, odd, at) for odd, v in enumerate(codes)]
+
+
+def _with_fifth_bits(code: Code, isa: Portable, codes: Value, odd: int, at: Address) -> Value:
+    """Q5_K: bit g of each of 32 bytes from byte 16 on is the fifth of a weight of sub-block g = 2i + odd."""
+    bits = code.join([code.pick(code.read(vector(I8, 16), at, 16 + 16 * half), [*range(16)] * 4) for half in (0, 1)])
+    by = [4 - (2 * i + odd) for _ in (0, 1) for i in range(4) for _ in range(4)]
+    moved = code.bitcast(isa.moved(code, code.bitcast(bits, vector(I32, 32)), by), bits.type)
+    return code.or_(codes, code.mask(moved, 16))
+
+
+def add_by_halves(
+    kind: str, isa: Portable, code: Code, at: Sequence[Address], panel: Sequence[Value], sums: Sequence[Sequence[Value]]
 ) -> None:
-    """Add the products of 256 weights with each column. Byte 0 d, 2 floor step, 4 scales and floors, 16 nibbles."""
-    (at,) = at
-    values, steps, group_sums = panel
-    packed, (scales, floors) = _by_halves(code, code.at(at, 16)), packed_scales(code, code.at(at, 4))
-    codes, scales = (code.mask(packed, 15), code.mask(code.right(packed, 4), 15)), _words(code, isa, scales)
+    """Add the products of 256 weights with each column.
+
+    Byte 0 d, 2 floor step, 4 scales and floors, then nibbles; before them, in Q5_K, 32 bytes of fifth bits.
+    """
+    (at,), (values, steps, group_sums) = at, panel
+    codes, (scales, floors) = _codes(code, isa, kind, at), packed_scales(code, code.at(at, 4))
+    scales = _words(code, isa, scales)
     floors = code.bitcast(code.zext(floors, like(floors, I32)), vector(I16, 16))
     factors = halves(code, isa, at, 0, 2)
     for c, (products, lows) in enumerate(sums):

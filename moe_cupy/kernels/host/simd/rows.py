@@ -29,8 +29,9 @@ from llvmlite import ir
 
 from moe_cupy.kernels.host.simd.blocks import BLOCKS, FLOATS, WITH_BASE, add_blocks
 from moe_cupy.kernels.host.simd.code import F32, I8, I32, I64, Address, Code, Value, constant, function, vector
+from moe_cupy.kernels.host.simd.iq4_xs import add_iq4_xs
 from moe_cupy.kernels.host.simd.isa import WORDS, Portable
-from moe_cupy.kernels.host.simd.nibbles import BY_HALVES, LANES, add_q4_k
+from moe_cupy.kernels.host.simd.nibbles import BY_HALVES, LANES, add_by_halves
 from moe_cupy.kernels.host.simd.superblocks import SUPER_BLOCKS, SuperBlock
 from moe_ref.quants import BY_NAME
 
@@ -39,7 +40,7 @@ AHEAD = 4096  # bytes of weights that are asked for before they are needed
 ARGUMENTS = ("w", "row_bytes", "blocks", "values", "steps", "sums", "results", "offset", "rows")
 Sums = Sequence[Sequence[Value]]  # for each column (and row), the places of its running sums
 Add = Callable[[Code, Sequence[Address], Sequence[Value], Sums], None]  # blocks, parts of the panel
-FORMATS = (*SUPER_BLOCKS, *BLOCKS, *FLOATS)
+FORMATS = (*SUPER_BLOCKS, *BY_HALVES, "IQ4_XS", *BLOCKS, *FLOATS)
 
 
 def _part_scales(code: Code, scales: Value, parts: range) -> Value:
@@ -52,16 +53,13 @@ def super_block(kind: str, isa: Portable) -> Add:
 
     def add(code: Code, at: Sequence[Address], panel: Sequence[Value], sums: Sums) -> None:
         block, (values, steps, group_sums) = SUPER_BLOCKS[kind](code, isa, at[0]), panel
-        wide = 1 if block.signed else isa.wide
-        totals = [constant(vector(I32, 8 * wide), 0) for _ in sums]
-        for part in range(0, 8, wide):
-            parts = range(part, part + wide)
+        totals = [constant(vector(I32, 8 * isa.wide), 0) for _ in sums]
+        for part in range(0, 8, isa.wide):
+            parts = range(part, part + isa.wide)
             codes, scales = code.join([block.codes(i) for i in parts]), _part_scales(code, block.scales, parts)
-            size = isa.sizes(code, codes) if block.signed else codes
             for c in range(len(sums)):
-                x = code.read(vector(I8, 32 * wide), values, 256 * c + 32 * part)
-                x = isa.signed_by(code, x, codes) if block.signed else x
-                totals[c] = isa.scaled(code, totals[c], isa.pairs(code, size, x), scales)
+                x = code.read(vector(I8, 32 * isa.wide), values, 256 * c + 32 * part)
+                totals[c] = isa.scaled(code, totals[c], isa.pairs(code, codes, x), scales)
         for c, (place,) in enumerate(sums):
             given = code.read(vector(F32, 1), steps, 4 * c), code.read(WORDS, group_sums, 32 * c)
             _finish(code, isa, block, code.folded(totals[c]), given, place)
@@ -114,8 +112,10 @@ def plan(kind: str, isa: Portable, columns: int) -> Plan:
         return Plan(float_block(kind, isa), (16,), rows=isa.rows if columns > 1 else 1)
     if kind in BLOCKS:
         return Plan(partial(add_blocks, kind, isa), (16, 4) if kind in WITH_BASE else (16,), blocks=4)
+    if kind == "IQ4_XS":
+        return Plan(partial(add_iq4_xs, isa), (16,))
     if kind in BY_HALVES:
-        return Plan(partial(add_q4_k, isa), LANES)
+        return Plan(partial(add_by_halves, kind, isa), LANES)
     return Plan(super_block(kind, isa), (8,))
 
 
@@ -123,9 +123,10 @@ def sizes(kind: str) -> tuple[int, int, tuple[int, int, int]]:
     """Weights and bytes of what is met at a time; bytes of a column's values, steps and sums there."""
     if kind in FLOATS:
         return 32, 32 * FLOATS[kind][0], (128, 0, 0)
-    if kind in SUPER_BLOCKS:
-        return 256, BY_NAME[kind].block_bytes, (256, 4, 32)
-    return 128, 4 * BY_NAME[kind].block_bytes, (128, 16, 16 if kind in WITH_BASE else 32)
+    size = BY_NAME[kind].block_bytes
+    if kind in BLOCKS:
+        return 128, 4 * size, (128, 16, 16 if kind in WITH_BASE else 32)
+    return 256, size, (256, 4, 64 if kind == "IQ4_XS" else 32)
 
 
 def ask_ahead(code: Code, at: Address, ahead: Value, size: int) -> None:

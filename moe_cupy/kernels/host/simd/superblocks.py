@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 from moe_cupy.kernels.host.simd.code import I8, I16, I32, I64, Address, Code, Value, constant, like, vector
 from moe_cupy.kernels.host.simd.isa import BYTES, Portable
-from moe_ref.quants.iq4 import VALUES
 
-IQ4_VALUES = tuple(int(v) for v in VALUES)
 LOW_6_BITS, LOW_4_BITS, LOW_2_BITS = 0x3F3F3F3F3F3F3F3F, 0x0F0F0F0F, 0x03030303  # of each of four bytes
 
 
@@ -30,12 +28,11 @@ class SuperBlock:
     """
 
     d: Value  # float32 [1]
-    codes: Callable[[int], Value]  # part 0..7 -> 32 bytes, unsigned unless ``signed``
+    codes: Callable[[int], Value]  # part 0..7 -> 32 bytes, unsigned
     scales: Value
     floors: Value
     floor_step: Value = None  # float32 [1]; None: ``floors`` are scales
     offset_bits: int = 0  # the offset is 2 to this, if there are no floors; 0: none
-    signed: bool = False
 
 
 Decoder = Callable[[Code, Portable, Address], SuperBlock]  # ..., address of the block
@@ -52,16 +49,6 @@ def halves(code: Code, isa: Portable, at: Address, offset: int, count: int) -> l
 def _bytes(code: Code, words: Sequence[Value]) -> Value:
     """Four int32 -> their bytes [16]."""
     return code.bitcast(code.side_by_side(words), vector(I8, 16))
-
-
-def _doubled(code: Code, v: Value) -> Value:
-    """[8] -> [16], each twice: what belongs to 32 weights, for each 16."""
-    return code.pick(v, [i // 2 for i in range(16)])
-
-
-def _twice(code: Code, v: Value) -> Value:
-    """[8] -> [16], all twice: scales of parts, for the first and the last 16 weights."""
-    return code.pick(v, [*range(8)] * 2)
 
 
 def _first_then_second(code: Code, v: Value) -> Value:
@@ -84,37 +71,6 @@ def packed_scales(code: Code, at: Address) -> tuple[Value, Value]:
     scales = code.or_(code.mask(low, 0xFFFFFFFF), code.left(high, 32))
     floors = code.or_(code.right(low, 32), code.mask(high, 0xFFFFFFFF00000000))
     return code.bitcast(scales, vector(I8, 8)), code.bitcast(floors, vector(I8, 8))
-
-
-def _scales_and_floors(code: Code, isa: Portable, at: Address) -> tuple[Value, Value]:
-    """Those of Q5_K as in ``SuperBlock``."""
-    scales, floors = (code.zext(v, like(v, I16)) for v in packed_scales(code, at))
-    return isa.settled(code, _twice(code, scales)), _doubled(code, floors)
-
-
-def _nibbles(code: Code, at: Address, part: int) -> Value:
-    """Q4_K, Q5_K: 32 bytes hold two parts, the even one in the low bits."""
-    return code.mask(code.right(code.read(BYTES, at, 32 * (part // 2)), 4 * (part % 2)), 15)
-
-
-def q4_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
-    """byte 0 d, 2 floor step, 4 scales and floors, 16 nibbles."""
-    d, step = halves(code, isa, at, 0, 2)
-    scales, floors = _scales_and_floors(code, isa, code.at(at, 4))
-    return SuperBlock(d, lambda part: _nibbles(code, code.at(at, 16), part), scales, floors, step)
-
-
-def q5_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
-    """Q4_K with a fifth bit: bit ``part`` of 32 bytes from byte 16 on; nibbles from byte 48."""
-    d, step = halves(code, isa, at, 0, 2)
-    scales, floors = _scales_and_floors(code, isa, code.at(at, 4))
-
-    def codes(part: int) -> Value:
-        high = code.read(BYTES, at, 16)
-        moved = code.left(high, 4 - part) if part <= 4 else code.right(high, part - 4)
-        return code.or_(_nibbles(code, code.at(at, 48), part), code.mask(moved, 16))
-
-    return SuperBlock(d, codes, scales, floors, step)
 
 
 def q6_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
@@ -161,32 +117,6 @@ def q2_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
     return SuperBlock(d, lambda part: _pairs_of_bits(code, code.at(at, 16), part), first, floors, step)
 
 
-def table_codes(code: Code, isa: Portable, table: tuple[int, ...], at: Address) -> Value:
-    """32 signed bytes: entries of a table at the low, then at the high nibbles of 16 bytes."""
-    packed = code.read(vector(I8, 16), at)
-    return isa.look_up(code, table, code.pick(code.mask(packed, 15), range(32), code.right(packed, 4)))
-
-
-def _iq4_xs_scales(code: Code, low: Value, high: Value) -> list[Value]:
-    """Eight scales int16, plus 32: four low bits each of 32 and two high bits each of 16, both int64."""
-    bits = [
-        code.or_(code.mask(code.right(low, 4 * i), 15), code.left(code.mask(code.right(high, 2 * i), 3), 4))
-        for i in range(8)
-    ]
-    return [code.trunc(scale, I16) for scale in bits]
-
-
-def iq4_xs(code: Code, isa: Portable, at: Address) -> SuperBlock:
-    """byte 0 d, 2 top two bits and 4 low four bits of 8 scales less 32, 8 indices into a table of signed values."""
-    low, high = code.zext(code.read(I32, at, 4), I64), code.zext(code.read(I16, at, 2), I64)
-    scales = code.side_by_side(_iq4_xs_scales(code, low, high))
-    scales, (d,) = code.sub(scales, constant(scales.type, 32)), halves(code, isa, at, 0, 1)
-    return SuperBlock(
-        d, lambda part: table_codes(code, isa, IQ4_VALUES, code.at(at, 8 + 16 * part)), _twice(code, scales),
-        _doubled(code, scales), signed=True,
-    )  # fmt: skip
-
-
 SUPER_BLOCKS: dict[str, Decoder] = {
-    "Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "IQ4_XS": iq4_xs,
+    "Q2_K": q2_k, "Q3_K": q3_k, "Q6_K": q6_k,
 }  # fmt: skip
