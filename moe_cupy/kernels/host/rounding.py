@@ -110,13 +110,16 @@ def by_halves(values, sums, out, out_sums):
 
 
 @njit(inline="always")
-def lane_sums(low, high, sums):
-    """-16 times the sums of four and four values: what an offset of 16 in unsigned codes adds to their products."""
+def lane_sums(values, at, sums, to):
+    """-16 times the sums of what a lane meets of 32 values, 16 from ``at`` on and 16 that are 64 bytes on.
+
+    That is what an offset of 16 in unsigned codes adds to their products.
+    """
     for lane in range(4):
         total = np.int32(0)
-        for i in range(4):
-            total += np.int32(low[4 * lane + i]) + np.int32(high[4 * lane + i])
-        sums[lane] = -16 * total
+        for i in range(at + 4 * lane, at + 4 * lane + 4):
+            total += np.int32(values[i]) + np.int32(values[64 + i])
+        sums[to + lane] = -16 * total
 
 
 @njit
@@ -124,9 +127,9 @@ def by_fours(values, out, lanes):
     """A block of 256 in the order of ``simd/iq4_xs.py``, and the sums of what a lane meets."""
     for part in range(8):
         at = 128 * (part // 4) + 16 * (part % 4)
-        low, high = out[at : at + 16], out[at + 64 : at + 80]
-        low[:], high[:] = values[32 * part : 32 * part + 16], values[32 * part + 16 : 32 * part + 32]
-        lane_sums(low, high, lanes[4 * part : 4 * part + 4])
+        for i in range(16):
+            out[at + i], out[at + 64 + i] = values[32 * part + i], values[32 * part + 16 + i]
+        lane_sums(out, at, lanes, 4 * part)
 
 
 @njit
@@ -155,26 +158,31 @@ def round_q8_k(x, cols, order, most, kind, panel):
 
 
 @njit(inline="always")
-def block_q8_0(x, low, high, sums):
-    """One block of 32 as 16 and 16 values; sums [4] are -16 times those that a lane meets. Returns step, step * sum."""
-    top = largest(x)
+def block_q8_0(x, first, values, at):
+    """32 of x as 16 values from ``at`` on and 16 that are 64 bytes on; returns their step and the sum of them times it.
+
+    Loops of a length that is known are what the compiler makes vectors of.
+    """
+    most, total = np.int32(0), np.int32(0)
+    for i in range(32):
+        most = max(most, bits_of(x[first + i]) & np.int32(0x7FFFFFFF))
+    top = float_of(most)
     step, factor = top / np.float32(127), np.float32(0) if top == 0 else np.float32(127) / top
-    round_all(x[:16], factor, low)
-    round_all(x[16:], factor, high)
-    total = np.int32(0)
-    for i in range(16):
-        total += np.int32(low[i]) + np.int32(high[i])
-    lane_sums(low, high, sums)
+    for half in range(2):
+        for i in range(16):
+            value = bits_of(x[first + 16 * half + i] * factor + np.float32(12582912)) - np.int32(0x4B400000)
+            values[at + 64 * half + i] = np.int8(value)
+            total += value
     return to_half(step), to_half(step * np.float32(total))
 
 
 @njit
 def round_q8_0(x, cols, order, most, panel):
-    """Blocks of 32, four by four as in ``simd/blocks.py``, into values, steps, sums (Q8_1's) and lanes' sums.
+    """Blocks of 32, four by four as in ``simd/blocks.py``, into values, steps, sums (Q8_1's) or lanes' sums.
 
     A row's last four are filled up with zeros.
     """
-    (values, steps, sums, lanes), kept = panel, np.empty(4, np.int16)
+    values, steps, sums, lanes = panel
     fours, t = (cols + 127) // 128, 0
     while t < order.size:
         columns = width(order.size - t, most)
@@ -182,18 +190,17 @@ def round_q8_0(x, cols, order, most, panel):
             row = x[order[t + c]]
             for b in range(4 * fours):
                 at = t * fours + b // 4 * columns + c
-                first, place = 128 * at + 16 * (b % 4), 4 * at + b % 4
-                low, high = values[first : first + 16], values[first + 64 : first + 80]
+                place, at = 4 * at + b % 4, 128 * at + 16 * (b % 4)
                 step = total = np.float32(0)
                 if 32 * b < cols:
-                    step, total = block_q8_0(row[32 * b : 32 * (b + 1)], low, high, kept)
+                    step, total = block_q8_0(row, 32 * b, values, at)
                 else:
-                    low[:], high[:], kept[:] = 0, 0, 0
+                    values[at : at + 16], values[at + 64 : at + 80] = 0, 0
                 steps[place] = step
                 if sums.size:
                     sums[place] = total
                 else:
-                    lanes[4 * place : 4 * place + 4] = kept
+                    lane_sums(values, at, lanes, 4 * place)
         t += columns
 
 
