@@ -148,7 +148,7 @@ def test_a_vector_gives_the_same_bits_alone_among_others_and_on_any_number_of_th
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_avx2_and_avx512_give_the_same_bits_and_portable_code_what_rounding_allows(kind):
+def test_all_sets_of_x86_give_the_same_bits_and_portable_code_what_rounding_allows(kind):
     got, x = {}, vectors(8)
     panel = rounding.new_panel(products.template(kind, ROWS, COLS, "q8")[jobs.ROUNDING], 8, COLS)
     for name in isa.usable():
@@ -168,17 +168,17 @@ def test_avx2_and_avx512_give_the_same_bits_and_portable_code_what_rounding_allo
         got[name] = out
     want, allowed = expected(kind, x)
     assert all((np.abs(out - want) <= allowed).all() for out in got.values())
-    if "avx512" in got:
-        assert np.array_equal(got["avx2"], got["avx512"])
+    assert all(np.array_equal(out, got["avx2"]) for name, out in got.items() if name != "portable")
 
 
 def test_every_format_is_written_for_every_instruction_set():
     assert {*FORMATS} >= {
         "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"
     }  # fmt: skip
-    marks = {"avx2": "avx2.pmadd", "avx512": "vpdpbusd.512", "portable": "x86"}
+    marks = {"avx2": "avx2.pmadd", "avx512": "vpdpbusd.512", "avx512vbmi": "vpdpbusd.512", "portable": "x86"}
     for name, mark in marks.items():
         assert (mark in row_kernel("Q4_K", isa.SETS[name], 1)) == (name != "portable")
+        assert ("permvar.qi" in row_kernel("MXFP4", isa.SETS[name], 1)) == (name == "avx512vbmi")
 
 
 def test_an_instruction_set_that_is_not_here_is_refused_by_name(monkeypatch):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from moe_cupy.kernels.host.simd.code import F32, I1, I8, I16, I32, I64, Address, Code, Value, constant, like, vector
-from moe_cupy.kernels.host.simd.isa import Portable
+from moe_cupy.kernels.host.simd.isa import Portable, nibbles
 from moe_ref.quants.fp4 import E2M1_DOUBLED
 from moe_ref.quants.iq4 import VALUES
 
@@ -59,20 +59,15 @@ def _halves(code: Code, isa: Portable, at: Sequence[Address], offset: int) -> Va
     return isa.half(code, code.bitcast(_side_by_side(code, I16, at, offset), vector(I16, 4)))
 
 
-def nibbles(code: Code, packed: Value) -> tuple[Value, Value]:
-    """The low and the high ones of bytes."""
-    return code.mask(packed, 15), code.mask(code.right(packed, 4), 15)
-
-
-def _nibbles(code: Code, at: Sequence[Address], offset: int) -> tuple[Value, Value]:
-    """Those of 16 bytes of each block."""
-    return nibbles(code, code.join([code.read(vector(I8, 16), one, offset) for one in at]))
+def _sixteens(code: Code, at: Sequence[Address], offset: int) -> Value:
+    """16 bytes of each block."""
+    return code.join([code.read(vector(I8, 16), one, offset) for one in at])
 
 
 def _with_fifth_bits(code: Code, at: Sequence[Address], offset: int) -> list[Value]:
     """32 fifth bits, then 16 bytes of nibbles."""
     made = []
-    for half, codes in enumerate(_nibbles(code, at, offset + 4)):
+    for half, codes in enumerate(nibbles(code, _sixteens(code, at, offset + 4))):
         is_set = code.bitcast(_side_by_side(code, I16, at, offset + 2 * half), vector(I1, 64))
         made.append(code.select(is_set, code.add(codes, constant(codes.type, 16)), codes))
     return made
@@ -80,18 +75,18 @@ def _with_fifth_bits(code: Code, at: Sequence[Address], offset: int) -> list[Val
 
 def q8_0(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
     """byte 0 d, 2 signed bytes."""
-    codes = [code.join([code.read(vector(I8, 16), one, offset) for one in at]) for offset in (2, 18)]
+    codes = [_sixteens(code, at, offset) for offset in (2, 18)]
     return Blocks(_halves(code, isa, at, 0), [code.xor(v, constant(v.type, -128)) for v in codes], 128)
 
 
 def q4_0(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
     """byte 0 d, 2 nibbles less 8."""
-    return Blocks(_halves(code, isa, at, 0), _nibbles(code, at, 2), 8)
+    return Blocks(_halves(code, isa, at, 0), nibbles(code, _sixteens(code, at, 2)), 8)
 
 
 def q4_1(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
     """byte 0 d, 2 base, 4 nibbles."""
-    return Blocks(_halves(code, isa, at, 0), _nibbles(code, at, 4), base=_halves(code, isa, at, 2))
+    return Blocks(_halves(code, isa, at, 0), nibbles(code, _sixteens(code, at, 4)), base=_halves(code, isa, at, 2))
 
 
 def q5_0(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
@@ -106,8 +101,7 @@ def q5_1(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
 
 def iq4_nl(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
     """byte 0 d, 2 indices into a table of signed values."""
-    codes = [isa.look_up(code, IQ4_UNSIGNED, index) for index in _nibbles(code, at, 2)]
-    return Blocks(_halves(code, isa, at, 0), codes, 128)
+    return Blocks(_halves(code, isa, at, 0), isa.look_up_nibbles(code, IQ4_UNSIGNED, _sixteens(code, at, 2)), 128)
 
 
 def mxfp4(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
@@ -115,7 +109,7 @@ def mxfp4(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
     table = code.table("powers", I32, POWERS)
     found = [code.read(I32, table, code.left(code.zext(code.read(I8, one), I64), 2)) for one in at]
     pairs = code.side_by_side([_packed(code, found[i : i + 2]) for i in (0, 2)])
-    codes = [isa.look_up(code, FP4_UNSIGNED, index) for index in _nibbles(code, at, 1)]
+    codes = isa.look_up_nibbles(code, FP4_UNSIGNED, _sixteens(code, at, 1))
     return Blocks(code.bitcast(pairs, vector(F32, 4)), codes, 16)
 
 

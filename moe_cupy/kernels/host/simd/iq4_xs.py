@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_cupy.kernels.host.simd.blocks import IQ4_UNSIGNED, nibbles
+from moe_cupy.kernels.host.simd.blocks import IQ4_UNSIGNED
 from moe_cupy.kernels.host.simd.code import F32, I8, I16, I32, I64, Address, Code, Value, constant, vector
 from moe_cupy.kernels.host.simd.isa import WORDS, Portable
 from moe_cupy.kernels.host.simd.superblocks import halves
@@ -37,8 +37,8 @@ def add_iq4_xs(
     (d,) = halves(code, isa, at, 0, 1)
     scales = code.fmul(_scales(code, at), code.pick(d, [0] * 8))  # exact: 11 and 6 bits
     for half in (0, 1):
-        packed = nibbles(code, code.read(vector(I8, 64), at, 8 + 64 * half))
-        multiply = isa.eights(code, [isa.look_up(code, IQ4_UNSIGNED, index) for index in packed], 128)
+        codes = isa.look_up_nibbles(code, IQ4_UNSIGNED, code.read(vector(I8, 64), at, 8 + 64 * half))
+        multiply = isa.eights(code, codes, 128)
         own = code.pick(scales, [4 * half + lane // 4 for lane in range(16)])
         for c, (place,) in enumerate(sums):
             x = [code.read(vector(I8, 64), values, 256 * c + 128 * half + 64 * i) for i in (0, 1)]

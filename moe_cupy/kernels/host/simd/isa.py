@@ -35,6 +35,11 @@ def _neighbours(code: Code, v: Value) -> Value:
     return code.add(code.pick(v, range(0, count, 2)), code.pick(v, range(1, count, 2)))
 
 
+def nibbles(code: Code, packed: Value) -> tuple[Value, Value]:
+    """The low and the high ones of bytes."""
+    return code.mask(packed, 15), code.mask(code.right(packed, 4), 15)
+
+
 @dataclass(frozen=True)
 class Portable:
     """Plain vector arithmetic that LLVM maps to whatever the CPU has."""
@@ -123,6 +128,10 @@ class Portable:
             is_set = code.icmp_unsigned("!=", code.mask(index, 1 << bit), constant(index.type, 0))
             layer = [code.select(is_set, b, a) for a, b in zip(layer[::2], layer[1::2], strict=True)]
         return layer[0]
+
+    def look_up_nibbles(self, code: Code, table: tuple[int, ...], packed: Value) -> list[Value]:
+        """table[nibble] for the low and the high nibbles of bytes."""
+        return [self.look_up(code, table, index) for index in nibbles(code, packed)]
 
 
 @dataclass(frozen=True)
@@ -245,8 +254,24 @@ class Avx512(Avx2):
         return code.call_llvm("llvm.x86.avx512.pshuf.b.512", index.type, constant(index.type, table * 4), index)
 
 
-SETS: dict[str, Portable] = {one.name: one for one in (Portable(), Avx2(), Avx512())}
-NEEDS = {"portable": (), "avx2": ("avx2", "fma", "f16c", "bmi2"), "avx512": ("avx512bw", "avx512vl", "avx512vnni")}
+@dataclass(frozen=True)
+class Avx512Vbmi(Avx512):
+    """AVX-512 that finds bytes in tables of 64: of an index it looks at six bits, and need not be rid of the others."""
+
+    name: str = "avx512vbmi"
+    features: str = "+avx512vnni,+avx512vbmi"
+
+    def look_up_nibbles(self, code: Code, table: tuple[int, ...], packed: Value) -> list[Value]:
+        high = code.bitcast(code.right(code.bitcast(packed, vector(I16, 32)), 4), packed.type)
+        tables, name = constant(packed.type, table * 4), "llvm.x86.avx512.permvar.qi.512"
+        return [code.call_llvm(name, packed.type, tables, index) for index in (packed, high)]
+
+
+SETS: dict[str, Portable] = {one.name: one for one in (Portable(), Avx2(), Avx512(), Avx512Vbmi())}
+VNNI = ("avx512bw", "avx512vl", "avx512vnni")
+NEEDS = {
+    "portable": (), "avx2": ("avx2", "fma", "f16c", "bmi2"), "avx512": VNNI, "avx512vbmi": (*VNNI, "avx512vbmi"),
+}  # fmt: skip
 
 
 def usable() -> tuple[str, ...]:

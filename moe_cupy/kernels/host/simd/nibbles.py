@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_cupy.kernels.host.simd.code import F32, I8, I16, I32, Address, Code, Value, constant, like, vector
-from moe_cupy.kernels.host.simd.isa import WORDS, Portable
+from moe_cupy.kernels.host.simd.isa import WORDS, Portable, nibbles
 from moe_cupy.kernels.host.simd.superblocks import halves, packed_scales
 
 BY_HALVES = ("Q4_K", "Q5_K")  # formats whose vectors are to lie in this order
@@ -43,16 +43,18 @@ def _words(code: Code, isa: Portable, scales: Value) -> Value:
 def _codes(code: Code, isa: Portable, kind: str, at: Address) -> list[Value]:
     """Of the sub-blocks in low bits, then of those in high bits, 128 bytes each."""
     packed = _by_halves(code, code.at(at, 16 if kind == "Q4_K" else 48))
-    codes = [code.mask(packed, 15), code.mask(code.right(packed, 4), 15)]
-    return codes if kind == "Q4_K" else [_with_fifth_bits(code, isa, v, odd, at) for odd, v in enumerate(codes)]
+    low, high = nibbles(code, packed)
+    if kind == "Q4_K":
+        return [low, high]
+    bits = _fifth_bits(code, isa, at)
+    return [code.or_(low, code.mask(bits, 16)), code.or_(high, code.mask(code.right(bits, 1), 16))]
 
 
-def _with_fifth_bits(code: Code, isa: Portable, codes: Value, odd: int, at: Address) -> Value:
-    """Q5_K: bit g of each of 32 bytes from byte 16 on is the fifth of a weight of sub-block g = 2i + odd."""
+def _fifth_bits(code: Code, isa: Portable, at: Address) -> Value:
+    """Q5_K: bit g of each of 32 bytes from byte 16 on belongs to a weight of sub-block g; moved to bits 4 and 5."""
     bits = code.join([code.pick(code.read(vector(I8, 16), at, 16 + 16 * half), [*range(16)] * 4) for half in (0, 1)])
-    by = [4 - (2 * i + odd) for _ in (0, 1) for i in range(4) for _ in range(4)]
-    moved = code.bitcast(isa.moved(code, code.bitcast(bits, vector(I32, 32)), by), bits.type)
-    return code.or_(codes, code.mask(moved, 16))
+    by = [4 - 2 * i for _ in (0, 1) for i in range(4) for _ in range(4)]
+    return code.bitcast(isa.moved(code, code.bitcast(bits, vector(I32, 32)), by), bits.type)
 
 
 def add_by_halves(
