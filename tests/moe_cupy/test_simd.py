@@ -226,6 +226,11 @@ def test_blocks_of_32_are_rounded_to_the_references_bits_and_lie_four_by_four(ki
         assert np.array_equal(untiled(panel[4], len(x), most, 16).reshape(lanes.shape), -16 * lanes)
 
 
+@pytest.mark.parametrize("kind", range(8))
+def test_panels_begin_cache_lines(kind):
+    assert all(part.ctypes.data % 64 == 0 for part in rounding.new_panel(kind, 3, 768) if part.size)
+
+
 def q_sums(x: np.ndarray) -> np.ndarray:
     return quantize_q8_0(x)[1].sum(axis=1, keepdims=True)
 

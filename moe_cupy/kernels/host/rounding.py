@@ -12,6 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 PLAIN, HALF, BFLOAT, Q8_0, Q8_1, Q8_K, Q8_K_BY_HALVES, Q8_K_BY_FOURS = range(8)  # what vectors are rounded to
+ONE_BYTE, ONE_SHORT, ONE_FLOAT = np.zeros(1, np.int8), np.zeros(1, np.int16), np.zeros(1, np.float32)  # for their types
 KINDS = {"F32": PLAIN, "F16": HALF, "BF16": BFLOAT, "Q8_0": Q8_0, "Q8_1": Q8_1, "Q8_K": Q8_K}
 
 
@@ -240,6 +241,14 @@ def round_rows(kind, x, cols, order, most, panel, at):
 
 
 @njit
+def lined_up(count, of):
+    """Memory for numbers of the type of ``of`` that begins a cache line: a load of 64 bytes takes one line, not two."""
+    memory = np.empty(count + 64 // of.itemsize, of.dtype)
+    first = (-memory.ctypes.data & 63) // of.itemsize
+    return memory[first : first + count]
+
+
+@njit
 def new_panel(kind, tokens, cols):
     """Memory for ``tokens`` vectors rounded to ``kind``."""
     whole, blocks, sums, lanes = 0, 0, 0, 0
@@ -251,6 +260,6 @@ def new_panel(kind, tokens, cols):
         whole, blocks = tokens * cols, tokens * cols // 256
         lanes = sums_in_block(kind) * blocks
     return (
-        np.empty(whole, np.int8), np.empty(0 if whole else tokens * cols, np.float32), np.empty(blocks, np.float32),
-        np.empty(sums, np.float32), np.empty(lanes, np.int16),
+        lined_up(whole, ONE_BYTE), lined_up(0 if whole else tokens * cols, ONE_FLOAT), lined_up(blocks, ONE_FLOAT),
+        lined_up(sums, ONE_FLOAT), lined_up(lanes, ONE_SHORT),
     )  # fmt: skip
