@@ -75,7 +75,8 @@ def _with_fifth_bits(code: Code, at: Sequence[Address], offset: int) -> list[Val
 
 def q8_0(code: Code, isa: Portable, at: Sequence[Address]) -> Blocks:
     """byte 0 d, 2 signed bytes."""
-    codes = [_sixteens(code, at, offset) for offset in (2, 18)]
+    whole = code.join([code.read(vector(I8, 32), one, 2) for one in at])
+    codes = [code.pick(whole, [32 * i + 16 * half + j for i in range(4) for j in range(16)]) for half in (0, 1)]
     return Blocks(_halves(code, isa, at, 0), [code.xor(v, constant(v.type, -128)) for v in codes], 128)
 
 
