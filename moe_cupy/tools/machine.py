@@ -37,7 +37,7 @@ def cpu_features() -> str:
     from llvmlite.binding import get_host_cpu_features
 
     features = get_host_cpu_features()
-    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512vnni", "neon", "dotprod")
+    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512vbmi", "neon", "dotprod")
     return ", ".join(name for name in wanted if features.get(name)) or "none of interest"
 
 

@@ -10,11 +10,11 @@ from numba import njit
 
 from moe_cupy.kernels.host import jobs as j
 from moe_cupy.kernels.host.pieces import list_rounding
-from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_HALVES, new_panel
+from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_FOURS, Q8_K_BY_HALVES, new_panel
 from moe_cupy.kernels.host.simd.compiler import rows_address
 from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.host.simd.nibbles import BY_HALVES
-from moe_cupy.kernels.host.simd.rows import FLOATS, FORMATS, block_sizes
+from moe_cupy.kernels.host.simd.rows import FLOATS, FORMATS, sizes
 from moe_cupy.kernels.matrix import Matrix
 from moe_ref.quants import BY_NAME
 from moe_ref.quants.activations import DOT_TYPES
@@ -37,20 +37,21 @@ def takes(w: Matrix, act: str) -> bool:
 
 def rounding(kind: str) -> int:
     """What vectors are rounded to that meet a format."""
-    return Q8_K_BY_HALVES if kind in BY_HALVES else KINDS[DOT_TYPES.get(kind, "F32")]
+    if kind in BY_HALVES:
+        return Q8_K_BY_HALVES
+    return Q8_K_BY_FOURS if kind == "IQ4_XS" else KINDS[DOT_TYPES.get(kind, "F32")]
 
 
 @lru_cache(1024)
 def template(kind: str, rows: int, cols: int, act: str) -> np.ndarray:
     """A job int64 [JOB] but for its addresses and vectors. Compiles the kernels at first use."""
-    job, (_, sizes) = np.zeros(j.JOB, np.int64), block_sizes(kind)
-    block = max(32, BY_NAME[kind].block_elements)
+    job, (at_once, _, of_panel) = np.zeros(j.JOB, np.int64), sizes(kind)
     for size in range(chosen().columns.bit_length()):
         job[j.KERNEL + size] = rows_address(kind, 1 << size)
-    job[j.ROW_BYTES], job[j.BLOCKS] = BY_NAME[kind].row_bytes(cols), cols // block
+    job[j.ROW_BYTES], job[j.BLOCKS] = BY_NAME[kind].row_bytes(cols), cols // max(32, BY_NAME[kind].block_elements)
     job[j.ROWS], job[j.COLS] = rows, cols
     job[j.ROUNDING] = rounding(kind) if act == "q8" else PLAIN
-    job[j.VALUE_BYTES : j.SUM_BYTES + 1] = [size * (cols // block) for size in sizes]
+    job[j.VALUE_BYTES : j.SUM_BYTES + 1] = [size * -(-cols // at_once) for size in of_panel]
     return job
 
 

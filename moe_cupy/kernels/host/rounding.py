@@ -11,8 +11,9 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-PLAIN, HALF, BFLOAT, Q8_0, Q8_K, Q8_K_BY_HALVES = range(6)  # what vectors are rounded to
-KINDS = {"F32": PLAIN, "F16": HALF, "BF16": BFLOAT, "Q8_0": Q8_0, "Q8_1": Q8_0, "Q8_K": Q8_K}
+PLAIN, HALF, BFLOAT, Q8_0, Q8_1, Q8_K, Q8_K_BY_HALVES, Q8_K_BY_FOURS = range(8)  # what vectors are rounded to
+ONE_BYTE, ONE_SHORT, ONE_FLOAT = np.zeros(1, np.int8), np.zeros(1, np.int16), np.zeros(1, np.float32)  # for their types
+KINDS = {"F32": PLAIN, "F16": HALF, "BF16": BFLOAT, "Q8_0": Q8_0, "Q8_1": Q8_1, "Q8_K": Q8_K}
 
 
 def _reinterpret(source: types.Type, target: types.Type, made: ir.Type):
@@ -70,6 +71,12 @@ def round_all(x, factor, out):
         out[i] = np.int8(bits_of(x[i] * factor + np.float32(12582912)))
 
 
+@njit(inline="always")
+def sums_in_block(kind):
+    """Sums that come with 256 values."""
+    return 32 if kind == Q8_K_BY_FOURS else 16
+
+
 @njit
 def block_q8_k(x, values, sums):
     """One block of 256, whose largest magnitude becomes -127 steps; returns the step."""
@@ -103,12 +110,35 @@ def by_halves(values, sums, out, out_sums):
             out_sums[2 * g], out_sums[2 * g + 1] = sums[2 * g] + sums[2 * g + 1], 0
 
 
+@njit(inline="always")
+def lane_sums(values, at, sums, to):
+    """-16 times the sums of what a lane meets of 32 values, 16 from ``at`` on and 16 that are 64 bytes on.
+
+    That is what an offset of 16 in unsigned codes adds to their products.
+    """
+    for lane in range(4):
+        total = np.int32(0)
+        for i in range(at + 4 * lane, at + 4 * lane + 4):
+            total += np.int32(values[i]) + np.int32(values[64 + i])
+        sums[to + lane] = -16 * total
+
+
 @njit
-def round_q8_k(x, cols, order, most, halves, panel):
-    """Blocks of 256, in their own order or ``by_halves``, into values, steps and sums."""
+def by_fours(values, out, lanes):
+    """A block of 256 in the order of ``simd/iq4_xs.py``, and the sums of what a lane meets."""
+    for part in range(8):
+        at = 128 * (part // 4) + 16 * (part % 4)
+        for i in range(16):
+            out[at + i], out[at + 64 + i] = values[32 * part + i], values[32 * part + 16 + i]
+        lane_sums(out, at, lanes, 4 * part)
+
+
+@njit
+def round_q8_k(x, cols, order, most, kind, panel):
+    """Blocks of 256, in their own order, ``by_halves`` or ``by_fours``, into values, steps and sums."""
     values, steps, sums = panel
     block, block_sums = np.empty(256, np.int8), np.empty(16, np.int16)
-    blocks, t = cols // 256, 0
+    blocks, size, t = cols // 256, sums_in_block(kind), 0
     while t < order.size:
         columns = width(order.size - t, most)
         for c in range(columns):
@@ -116,33 +146,62 @@ def round_q8_k(x, cols, order, most, halves, panel):
             for b in range(blocks):
                 at = t * blocks + b * columns + c
                 part = row[256 * b : 256 * (b + 1)]
-                own, own_sums = values[256 * at : 256 * (at + 1)], sums[16 * at : 16 * (at + 1)]
-                if halves:
-                    steps[at] = block_q8_k(part, block, block_sums)
+                own, own_sums = values[256 * at : 256 * (at + 1)], sums[size * at : size * (at + 1)]
+                if kind == Q8_K:
+                    steps[at] = block_q8_k(part, own, own_sums)
+                    continue
+                steps[at] = block_q8_k(part, block, block_sums)
+                if kind == Q8_K_BY_HALVES:
                     by_halves(block, block_sums, own, own_sums)
                 else:
-                    steps[at] = block_q8_k(part, own, own_sums)
+                    by_fours(block, own, own_sums)
         t += columns
 
 
+@njit(inline="always")
+def block_q8_0(x, first, values, at):
+    """32 of x as 16 values from ``at`` on and 16 that are 64 bytes on; returns their step and the sum of them times it.
+
+    Loops of a length that is known are what the compiler makes vectors of.
+    """
+    most, total = np.int32(0), np.int32(0)
+    for i in range(32):
+        most = max(most, bits_of(x[first + i]) & np.int32(0x7FFFFFFF))
+    top = float_of(most)
+    step, factor = top / np.float32(127), np.float32(0) if top == 0 else np.float32(127) / top
+    for half in range(2):
+        for i in range(16):
+            value = bits_of(x[first + 16 * half + i] * factor + np.float32(12582912)) - np.int32(0x4B400000)
+            values[at + 64 * half + i] = np.int8(value)
+            total += value
+    return to_half(step), to_half(step * np.float32(total))
+
+
 @njit
-def round_q8_0(x, cols, order, most, values, steps, sums):
-    """Blocks of 32; ``sums`` are Q8_1's, of the values times the step."""
-    blocks, t = cols // 32, 0
+def round_q8_0(x, cols, order, most, panel):
+    """Blocks of 32, four by four as in ``simd/blocks.py``, into values, steps, sums (Q8_1's) or lanes' sums.
+
+    A row's last four are filled up with zeros.
+    """
+    values, steps, sums, lanes = panel
+    fours, t = (cols + 127) // 128, 0
     while t < order.size:
         columns = width(order.size - t, most)
         for c in range(columns):
             row = x[order[t + c]]
-            for b in range(blocks):
-                at, part = t * blocks + b * columns + c, row[32 * b : 32 * (b + 1)]
-                top = largest(part)
-                step, factor = top / np.float32(127), np.float32(0) if top == 0 else np.float32(127) / top
-                codes = values[32 * at : 32 * (at + 1)]
-                round_all(part, factor, codes)
-                total = np.int32(0)
-                for i in range(32):
-                    total += np.int32(codes[i])
-                steps[at], sums[at] = to_half(step), to_half(step * np.float32(total))
+            for b in range(4 * fours):
+                at = t * fours + b // 4 * columns + c
+                place, at = 4 * at + b % 4, 128 * at + 16 * (b % 4)
+                step = total = np.float32(0)
+                if 32 * b < cols:
+                    step, total = block_q8_0(row, 32 * b, values, at)
+                else:
+                    values[at : at + 16], values[at + 64 : at + 80] = 0, 0
+                steps[place] = step
+                if sums.size:
+                    sums[place] = total
+                else:
+                    lane_sums(values, at, lanes, 4 * place)
         t += columns
 
 
@@ -169,22 +228,38 @@ def round_rows(kind, x, cols, order, most, panel, at):
     ``panel`` is codes int8, values float32, steps float32, sums float32 and group sums int16; a kind uses some of them.
     """
     codes, values, steps, sums, groups = panel
-    if kind in (Q8_K, Q8_K_BY_HALVES):
+    if kind >= Q8_K:
         b = at * cols // 256
-        round_q8_k(x, cols, order, most, kind != Q8_K, (codes[at * cols :], steps[b:], groups[16 * b :]))
-    elif kind == Q8_0:
-        b = at * cols // 32
-        round_q8_0(x, cols, order, most, codes[at * cols :], steps[b:], sums[b:])
+        own = codes[256 * b :], steps[b:], groups[sums_in_block(kind) * b :]
+        round_q8_k(x, cols, order, most, kind, own)
+    elif kind in (Q8_0, Q8_1):
+        b, nothing = at * ((cols + 127) // 128), sums[:0]
+        own = sums[4 * b :] if kind == Q8_1 else nothing
+        round_q8_0(x, cols, order, most, (codes[128 * b :], steps[4 * b :], own, groups[16 * b :]))
     else:
         round_floats(x, cols, order, most, kind, values[at * cols :])
 
 
 @njit
+def lined_up(count, of):
+    """Memory for numbers of the type of ``of`` that begins a cache line: a load of 64 bytes takes one line, not two."""
+    memory = np.empty(count + 64 // of.itemsize, of.dtype)
+    first = (-memory.ctypes.data & 63) // of.itemsize
+    return memory[first : first + count]
+
+
+@njit
 def new_panel(kind, tokens, cols):
     """Memory for ``tokens`` vectors rounded to ``kind``."""
-    whole = tokens * cols if kind in (Q8_0, Q8_K, Q8_K_BY_HALVES) else 0
-    blocks = whole // 32 if kind == Q8_0 else whole // 256
+    whole, blocks, sums, lanes = 0, 0, 0, 0
+    if kind in (Q8_0, Q8_1):
+        fours = tokens * ((cols + 127) // 128)
+        whole, blocks, sums = 128 * fours, 4 * fours, 4 * fours if kind == Q8_1 else 0
+        lanes = 16 * fours if kind == Q8_0 else 0
+    elif kind >= Q8_K:
+        whole, blocks = tokens * cols, tokens * cols // 256
+        lanes = sums_in_block(kind) * blocks
     return (
-        np.empty(whole, np.int8), np.empty(tokens * cols - whole, np.float32), np.empty(blocks, np.float32),
-        np.empty(blocks if kind == Q8_0 else 0, np.float32), np.empty(0 if kind == Q8_0 else 16 * blocks, np.int16),
+        lined_up(whole, ONE_BYTE), lined_up(0 if whole else tokens * cols, ONE_FLOAT), lined_up(blocks, ONE_FLOAT),
+        lined_up(sums, ONE_FLOAT), lined_up(lanes, ONE_SHORT),
     )  # fmt: skip

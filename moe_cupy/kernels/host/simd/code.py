@@ -1,10 +1,6 @@
 """Vector code, written down: LLVM's instruction builder with the few words that the kernels use.
 
 Addresses are whole numbers; a vector of n values of a type is ``vector(type, n)``.
-
-The same code serves one row of a matrix or two at once: an address may be a tuple, of the same place in each row, and
-what is read there is a vector that holds the first row's values, then the second's. What such a vector is made into by
-lanes is said for one row (``each``), whole vectors are added and multiplied as ever.
 """
 
 from __future__ import annotations
@@ -15,10 +11,10 @@ from typing import Any
 
 from llvmlite import ir
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 Value = Any  # an LLVM value
-Address = Value  # a whole number, or a tuple of one in each row
+Address = Value  # a whole number
 
 
 def vector(kind: ir.Type, count: int) -> ir.VectorType:
@@ -38,9 +34,7 @@ def constant(kind: ir.Type, value: Any) -> ir.Constant:
 
 
 class Code(ir.IRBuilder):
-    """A builder inside one function, for ``rows`` rows at once."""
-
-    rows = 1
+    """A builder inside one function."""
 
     def number(self, value: int) -> ir.Constant:
         """An address or a count."""
@@ -48,26 +42,29 @@ class Code(ir.IRBuilder):
 
     def at(self, address: Address, offset: int | Value) -> Address:
         """address + offset bytes."""
-        if isinstance(address, tuple):
-            return tuple(self.at(one, offset) for one in address)
         return self.add(address, self.number(offset) if isinstance(offset, int) else offset)
 
     def read(self, kind: ir.Type, address: Address, offset: int | Value = 0) -> Value:
-        """Load from any address, aligned or not; from one in each row, a vector of what is there."""
-        if isinstance(address, tuple):
-            return self.side_by_side([self.read(kind, one, offset) for one in address])
+        """Load from any address, aligned or not."""
         value = self.load(self.inttoptr(self.at(address, offset), ir.PointerType(kind)))
         value.align = 1
         return value
 
     def side_by_side(self, parts: Sequence[Value]) -> Value:
-        """Single values or vectors as one vector."""
-        if isinstance(parts[0].type, ir.VectorType):
-            return self.join(parts)
+        """Single values as one vector."""
         whole = constant(vector(parts[0].type, len(parts)), 0)
         for i, part in enumerate(parts):
             whole = self.insert_element(whole, part, constant(I32, i))
         return whole
+
+    def table(self, name: str, kind: ir.Type, values: Sequence[Any]) -> Address:
+        """Where these constants stand."""
+        made = self.module.globals.get(name)
+        if made is None:
+            made = ir.GlobalVariable(self.module, ir.ArrayType(kind, len(values)), name)
+            made.initializer, made.global_constant = ir.Constant(made.value_type, list(values)), True
+            made.linkage = "internal"
+        return self.ptrtoint(made, I64)
 
     def write(self, value: Value, address: Value, offset: int | Value = 0) -> None:
         """Store to any address, aligned or not."""
@@ -84,20 +81,6 @@ class Code(ir.IRBuilder):
         """The lanes of v (and, counted behind them, of ``other``) in the order of ``lanes``."""
         other = ir.Constant(v.type, ir.Undefined) if other is None else other
         return self.shuffle_vector(v, other, ir.Constant(vector(I32, len(lanes)), list(lanes)))
-
-    def each(self, v: Value, lanes: Sequence[int], other: Value = None) -> Value:
-        """``pick`` from each row's share of v (and, counted behind it, of ``other``)."""
-        mine, whole = v.type.count // self.rows, v.type.count
-        places = [(i if i < mine else whole - mine + i) + r * mine for r in range(self.rows) for i in lanes]
-        return self.pick(v, places, other)
-
-    def for_all(self, x: Value) -> Value:
-        """What all rows are multiplied with, once for each."""
-        return self.pick(x, [*range(x.type.count)] * self.rows) if self.rows > 1 else x
-
-    def for_each(self, kind: ir.Type, values: Sequence[Any]) -> ir.Constant:
-        """The vector of these values in each row."""
-        return constant(vector(kind, self.rows * len(values)), list(values) * self.rows)
 
     def join(self, parts: Sequence[Value]) -> Value:
         """One, two, four, … vectors as one."""
@@ -127,6 +110,14 @@ class Code(ir.IRBuilder):
         """Shift right, zeros come in."""
         return self.lshr(v, constant(v.type, by)) if by else v
 
+    def kept_whole(self, v: Value) -> Value:
+        """A whole number that the compiler is not to take apart again, to put its parts into lanes one by one."""
+        return self.call(ir.InlineAsm(ir.FunctionType(v.type, [v.type]), "", "=r,0"), [v])
+
+    def smaller(self, a: Value, b: Value) -> Value:
+        """Of whole numbers."""
+        return self.select(self.icmp_signed("<", a, b), a, b)
+
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c of float vectors, rounded once where the CPU can."""
         return self.call_llvm(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
@@ -137,23 +128,22 @@ class Code(ir.IRBuilder):
 
     def folded(self, v: Value) -> Value:
         """int32 [8] or [16] -> [8]: the upper half added to the lower."""
-        return self.add(self.pick(v, range(8)), self.pick(v, range(8, 16))) if v.type.count > 8 * self.rows else v
+        return self.add(self.pick(v, range(8)), self.pick(v, range(8, 16))) if v.type.count > 8 else v
 
     def halved(self, v: Value) -> Value:
-        """Each row's upper half added to its lower one."""
-        half = v.type.count // self.rows // 2
-        return self.fadd(self.each(v, range(half)), self.each(v, range(half, 2 * half)))
+        """The upper half added to the lower one."""
+        return self.fadd(*self.parts(v, 2))
 
-    def totals(self, sums: Sequence[Value]) -> list[Value]:
-        """The sum of each row's lanes of all ``sums``, the widest first, in a fixed order."""
+    def total(self, sums: Sequence[Value]) -> Value:
+        """The sum of the lanes of all ``sums``, the widest first, in a fixed order."""
         v = sums[0]
         for other in sums[1:]:
             while v.type.count > other.type.count:
                 v = self.halved(v)
             v = self.fadd(v, other)
-        while v.type.count > self.rows:
+        while v.type.count > 1:
             v = self.halved(v)
-        return [self.extract_element(v, constant(I32, r)) for r in range(self.rows)]
+        return self.extract_element(v, constant(I32, 0))
 
     def variable(self, start: Value) -> Value:
         """Memory that holds a value which a loop changes; the compiler keeps it in a register."""
@@ -181,12 +171,11 @@ class Code(ir.IRBuilder):
         self.store(self.at(self.load(place), by), place)
 
 
-def function(name: str, arguments: int, body: Callable[[Code, Sequence[Value]], None], rows: int = 1) -> str:
-    """LLVM text of a function of whole numbers that returns nothing; its code is for ``rows`` rows at once."""
+def function(name: str, arguments: int, body: Callable[[Code, Sequence[Value]], None]) -> str:
+    """LLVM text of a function of whole numbers that returns nothing."""
     module = ir.Module(name)
     made = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
     code = Code(made.append_basic_block("start"))
-    code.rows = rows
     body(code, made.args)
     code.ret_void()
     return str(module)

@@ -15,27 +15,24 @@ from dataclasses import dataclass
 
 from moe_cupy.kernels.host.simd.code import I8, I16, I32, I64, Address, Code, Value, constant, like, vector
 from moe_cupy.kernels.host.simd.isa import BYTES, Portable
-from moe_ref.quants.iq4 import VALUES
 
-IQ4_VALUES = tuple(int(v) for v in VALUES)
 LOW_6_BITS, LOW_4_BITS, LOW_2_BITS = 0x3F3F3F3F3F3F3F3F, 0x0F0F0F0F, 0x03030303  # of each of four bytes
 
 
 @dataclass(frozen=True, slots=True)
 class SuperBlock:
-    """256 weights of each row.
+    """256 weights.
 
     ``scales`` are int16 [16], those of the first 16 weights of each part of 32, then of the others; ``floors``, or the
     scales that an offset is multiplied with, come in the order of the weights.
     """
 
     d: Value  # float32 [1]
-    codes: Callable[[int], Value]  # part 0..7 -> 32 bytes, unsigned unless ``signed``
+    codes: Callable[[int], Value]  # part 0..7 -> 32 bytes, unsigned
     scales: Value
     floors: Value
     floor_step: Value = None  # float32 [1]; None: ``floors`` are scales
     offset_bits: int = 0  # the offset is 2 to this, if there are no floors; 0: none
-    signed: bool = False
 
 
 Decoder = Callable[[Code, Portable, Address], SuperBlock]  # ..., address of the block
@@ -44,31 +41,19 @@ Decoder = Callable[[Code, Portable, Address], SuperBlock]  # ..., address of the
 def halves(code: Code, isa: Portable, at: Address, offset: int, count: int) -> list[Value]:
     """``count`` half-precision numbers that stand side by side, each as float32 [1]."""
     if count == 1:
-        return [isa.half(code, code.read(I16, at, offset))]
-    words = code.read(I32, at, offset)
-    both = isa.half(code, code.bitcast(words, vector(I16, 2 * words.type.count)))
-    return [code.each(both, [i]) for i in range(2)]
+        return [isa.half(code, code.read(vector(I16, 1), at, offset))]
+    both = isa.half(code, code.bitcast(code.read(I32, at, offset), vector(I16, 2)))
+    return [code.pick(both, [i]) for i in range(2)]
 
 
 def _bytes(code: Code, words: Sequence[Value]) -> Value:
-    """Four int32 [1] -> their bytes [16]."""
-    single = [code.extract_element(word, constant(I32, r)) for r in range(code.rows) for word in words]
-    return code.bitcast(code.side_by_side(single), vector(I8, 4 * len(single)))
-
-
-def _doubled(code: Code, v: Value) -> Value:
-    """[8] -> [16], each twice: what belongs to 32 weights, for each 16."""
-    return code.each(v, [i // 2 for i in range(16)])
-
-
-def _twice(code: Code, v: Value) -> Value:
-    """[8] -> [16], all twice: scales of parts, for the first and the last 16 weights."""
-    return code.each(v, [*range(8)] * 2)
+    """Four int32 -> their bytes [16]."""
+    return code.bitcast(code.side_by_side(words), vector(I8, 16))
 
 
 def _first_then_second(code: Code, v: Value) -> Value:
     """[16] -> [16]: those of even, then of odd place."""
-    return code.each(v, [*range(0, 16, 2), *range(1, 16, 2)])
+    return code.pick(v, [*range(0, 16, 2), *range(1, 16, 2)])
 
 
 def packed_scales(code: Code, at: Address) -> tuple[Value, Value]:
@@ -80,47 +65,12 @@ def packed_scales(code: Code, at: Address) -> tuple[Value, Value]:
         last                              mmmmssss of both 4..7
         high    HHmmmm of floors 4..7   | HHssss of scales 4..7           once nibbles and top bits have met
     """
-    pairs = []
-    for one in at:
-        first, last = code.read(I64, one), code.zext(code.read(I32, one, 8), I64)
-        nibbles = code.mask(code.or_(last, code.left(last, 28)), 0x0F0F0F0F0F0F0F0F)
-        low, high = code.mask(first, LOW_6_BITS), code.or_(code.mask(code.right(first, 2), 0x3030303030303030), nibbles)
-        scales = code.or_(code.mask(low, 0xFFFFFFFF), code.left(high, 32))
-        pairs.append((scales, code.or_(code.right(low, 32), code.mask(high, 0xFFFFFFFF00000000))))
-    several = [code.side_by_side([pair[which] for pair in pairs]) for which in (0, 1)]
-    scales, floors = (code.bitcast(v, vector(I8, 8 * code.rows)) for v in several)
-    return scales, floors
-
-
-def _scales_and_floors(code: Code, isa: Portable, at: Address) -> tuple[Value, Value]:
-    """Those of Q5_K as in ``SuperBlock``."""
-    scales, floors = (code.zext(v, like(v, I16)) for v in packed_scales(code, at))
-    return isa.settled(code, _twice(code, scales)), _doubled(code, floors)
-
-
-def _nibbles(code: Code, at: Address, part: int) -> Value:
-    """Q4_K, Q5_K: 32 bytes hold two parts, the even one in the low bits."""
-    return code.mask(code.right(code.read(BYTES, at, 32 * (part // 2)), 4 * (part % 2)), 15)
-
-
-def q4_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
-    """byte 0 d, 2 floor step, 4 scales and floors, 16 nibbles."""
-    d, step = halves(code, isa, at, 0, 2)
-    scales, floors = _scales_and_floors(code, isa, code.at(at, 4))
-    return SuperBlock(d, lambda part: _nibbles(code, code.at(at, 16), part), scales, floors, step)
-
-
-def q5_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
-    """Q4_K with a fifth bit: bit ``part`` of 32 bytes from byte 16 on; nibbles from byte 48."""
-    d, step = halves(code, isa, at, 0, 2)
-    scales, floors = _scales_and_floors(code, isa, code.at(at, 4))
-
-    def codes(part: int) -> Value:
-        high = code.read(BYTES, at, 16)
-        moved = code.left(high, 4 - part) if part <= 4 else code.right(high, part - 4)
-        return code.or_(_nibbles(code, code.at(at, 48), part), code.mask(moved, 16))
-
-    return SuperBlock(d, codes, scales, floors, step)
+    first, last = code.read(I64, at), code.zext(code.read(I32, at, 8), I64)
+    nibbles = code.mask(code.or_(last, code.left(last, 28)), 0x0F0F0F0F0F0F0F0F)
+    low, high = code.mask(first, LOW_6_BITS), code.or_(code.mask(code.right(first, 2), 0x3030303030303030), nibbles)
+    scales = code.or_(code.mask(low, 0xFFFFFFFF), code.left(high, 32))
+    floors = code.or_(code.right(low, 32), code.mask(high, 0xFFFFFFFF00000000))
+    return code.bitcast(scales, vector(I8, 8)), code.bitcast(floors, vector(I8, 8))
 
 
 def q6_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
@@ -167,33 +117,6 @@ def q2_k(code: Code, isa: Portable, at: Address) -> SuperBlock:
     return SuperBlock(d, lambda part: _pairs_of_bits(code, code.at(at, 16), part), first, floors, step)
 
 
-def table_codes(code: Code, isa: Portable, table: tuple[int, ...], at: Address) -> Value:
-    """32 signed bytes: entries of a table at the low, then at the high nibbles of 16 bytes."""
-    packed = code.read(vector(I8, 16), at)
-    return isa.look_up(code, table, code.each(code.mask(packed, 15), range(32), code.right(packed, 4)))
-
-
-def _iq4_xs_scales(code: Code, low: Value, high: Value) -> list[Value]:
-    """Eight scales int16, plus 32, of one row: four low bits each of 32 and two high bits each of 16, both int64."""
-    bits = [
-        code.or_(code.mask(code.right(low, 4 * i), 15), code.left(code.mask(code.right(high, 2 * i), 3), 4))
-        for i in range(8)
-    ]
-    return [code.trunc(scale, I16) for scale in bits]
-
-
-def iq4_xs(code: Code, isa: Portable, at: Address) -> SuperBlock:
-    """byte 0 d, 2 top two bits and 4 low four bits of 8 scales less 32, 8 indices into a table of signed values."""
-    given = [(code.read(I32, one, 4), code.read(I16, one, 2)) for one in at]
-    wide = [_iq4_xs_scales(code, code.zext(low, I64), code.zext(high, I64)) for low, high in given]
-    scales = code.side_by_side([scale for row in wide for scale in row])
-    scales, (d,) = code.sub(scales, constant(scales.type, 32)), halves(code, isa, at, 0, 1)
-    return SuperBlock(
-        d, lambda part: table_codes(code, isa, IQ4_VALUES, code.at(at, 8 + 16 * part)), _twice(code, scales),
-        _doubled(code, scales), signed=True,
-    )  # fmt: skip
-
-
 SUPER_BLOCKS: dict[str, Decoder] = {
-    "Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "IQ4_XS": iq4_xs,
+    "Q2_K": q2_k, "Q3_K": q3_k, "Q6_K": q6_k,
 }  # fmt: skip
