@@ -28,7 +28,8 @@ NEXT, DONE, JOBS, COUNT, ASLEEP, CANCELLED, HELPERS, MOST = range(0, 64, 8)  # e
 MORE = 59  # 1: the next list is being made, so nobody goes to sleep
 ROUND, ACTIVATE, ATTEND = 57, 58, 60  # addresses of functions: they differ from process to process
 STATE = 64  # of HELPERS threads that help; at MOST so many vectors are multiplied at a time
-PIECE_WORK = 1 << 18  # multiply-adds in a piece: about 10 us
+LEAST_WORK, MOST_WORK = 1 << 16, 1 << 20  # multiply-adds in a piece: 3 to 40 us; where one begins, memory is waited for
+PIECES = 8  # of a list for each thread, if that is between these: so many that nobody waits long for the last one
 FEWEST_ROWS = 32  # in a piece, so that its weights and one tile of vectors are used from the nearest cache
 IDLE_TURNS = 1 << 14  # looks at NEXT, about 20 ns apart, before a helper goes to sleep
 
@@ -164,13 +165,16 @@ def take(state, number):
 
 
 @njit
-def cut(jobs):
+def cut(jobs, threads):
     """Give each job of jobs [n, JOB] its pieces; returns how many there are."""
-    pieces = 0
+    pieces = work = 0
+    for j in range(len(jobs)):
+        work += jobs[j, ROWS] * jobs[j, COLS] * jobs[j, TOKENS]
+    work = max(LEAST_WORK, min(MOST_WORK, work // (PIECES * threads)))
     for j in range(len(jobs)):
         job = jobs[j]
         if not job[FUNCTION]:
-            job[PIECE_ROWS] = max(FEWEST_ROWS, PIECE_WORK // max(1, job[COLS] * job[TOKENS]))
+            job[PIECE_ROWS] = max(FEWEST_ROWS, work // max(1, job[COLS] * job[TOKENS]))
         job[FIRST_PIECE] = pieces
         pieces += (job[ROWS] + job[PIECE_ROWS] - 1) // job[PIECE_ROWS]
     return pieces
@@ -182,7 +186,7 @@ def run(state, jobs, held):
 
     ``held`` are the arrays whose addresses the jobs have: an array is freed after its last use, which this is.
     """
-    pieces = cut(jobs)
+    pieces = cut(jobs, state[HELPERS] + 1)
     if state[HELPERS] == 0 or pieces < 2:
         for piece in range(pieces):
             if not atomic_load(state, CANCELLED):
