@@ -58,5 +58,7 @@ def _cuda(act: str) -> Device:
 
 def _host(threads: int | None, act: str) -> Any:
     from moe_cupy.device.host import HostDevice
+    from moe_cupy.kernels.host.compiled import forget_sources
 
+    forget_sources()
     return HostDevice(threads, act)

@@ -77,6 +77,34 @@ print(numba_cache.kept_in(Path(numba_cache.__file__).parent / "kernels" / "host"
 """
 
 
+RELEASED = """
+import sys
+from pathlib import Path
+
+from moe_cupy.compiled import echo
+from moe_cupy.device import open_device
+from moe_cupy.device.host import HostDevice
+from moe_cupy.kernels.host import compiled
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+before = anonymous()
+print(compiled.forget_sources(), before - anonymous())
+print(compiled.forget_sources())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_numba_holds_beside_machine_code_is_given_back_once():
+    for _ in range(2):  # the first process may be the one that compiles
+        text = subprocess.run([sys.executable, "-c", RELEASED], capture_output=True, text=True, check=True).stdout
+    released, kilobytes, again = map(int, text.split())
+    assert released > 20 and again == 0
+    assert kilobytes > 10_000
+
+
 def test_without_a_folder_that_can_be_written_kernels_are_kept_for_the_process():
     env = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", NOWHERE], capture_output=True, text=True, env=env, timeout=60)
