@@ -43,6 +43,7 @@ from moe_ref.split import open_model
 HERE = Path(__file__).resolve().parent
 BEST_READ_AHEAD = 128 << 10
 BESIDE_CACHE = 200 << 20  # what the interpreter, its libraries and the engine may take beside the model's memory
+KV_BYTES = {"f32": 4, "f16": 2, "q8_0": 34 / 32}  # of a number
 MMAP, CHOOSES = 1, -1  # load modes of llama.cpp
 Record = dict[str, Any]
 
@@ -126,8 +127,15 @@ def cache_for(limit: int, args: argparse.Namespace) -> str:
             file.metadata[f"{arch}.{key}"]
             for key in ("block_count", "attention.head_count_kv", "attention.key_length", "attention.value_length")
         )
-    kv = 4 * layers * groups * (k + v) * max(512, args.n_gen)  # float32
-    return str(limit - (sizes["total"] - sizes["routed"]) - kv - BESIDE_CACHE)
+    size_k, size_v = (KV_BYTES[_flag(args.ours, flag, "f32")] for flag in ("-ctk", "-ctv"))
+    kv = layers * groups * (size_k * k + size_v * v) * max(512, args.n_gen)
+    return str(int(limit - (sizes["total"] - sizes["routed"]) - kv - BESIDE_CACHE))
+
+
+def _flag(words: str, name: str, default: str) -> str:
+    """What follows ``name`` among ``words``."""
+    given = words.split()
+    return given[given.index(name) + 1] if name in given else default
 
 
 @contextlib.contextmanager
