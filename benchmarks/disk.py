@@ -123,12 +123,18 @@ def compare(args: argparse.Namespace, options: dict[str, Any]) -> None:
     ratios = [2 * row["rate"] / (raw[2 * i] + raw[2 * i + 1]) for i, row in enumerate(rows)]
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     print(f"{store.how}; {args.passes} passes of {args.n_gen} tokens, cold, cache {options['cache']}")
-    print(f"decode {medians['tok_s']:.2f} tok/s, hit rate {medians['hit_rate']:.3f}, "
-          f"{medians['bytes_per_token'] / 1e6:.1f} MB a token ({medians['read_more']:.4f} of the experts' bytes)")
-    print(f"reads under way {medians['busy']:.0%} of the time, {medians['depth']:.2f} at once, of {size >> 10} KiB at "
-          f"most; compute waits for them {medians['stall']:.0%} of the time")
-    print(f"the engine's reads {medians['rate'] / 1e9:.2f} GB/s; the disk at that size and depth {disk / 1e9:.2f} "
-          f"GB/s; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
+    print(
+        f"decode {medians['tok_s']:.2f} tok/s, hit rate {medians['hit_rate']:.3f}, "
+        f"{medians['bytes_per_token'] / 1e6:.1f} MB a token ({medians['read_more']:.4f} of the experts' bytes)"
+    )
+    print(
+        f"reads under way {medians['busy']:.0%} of the time, {medians['depth']:.2f} at once, of {size >> 10} KiB at "
+        f"most; compute waits for them {medians['stall']:.0%} of the time"
+    )
+    print(
+        f"the engine's reads {medians['rate'] / 1e9:.2f} GB/s; the disk at that size and depth {disk / 1e9:.2f} "
+        f"GB/s; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+    )
 
 
 def main() -> None:

@@ -251,8 +251,13 @@ def main() -> None:
         records.append(record)
         ours, theirs = record["ours"], record["theirs"]
         test = record["test"]
-        print(f"{test} pair {record['pair']}: ours {speed(ours, test):.2f}, llama.cpp {record['llama']} "
-              f"{speed(theirs, test):.2f} tok/s", ours.get("error", ""), theirs.get("error", ""), file=sys.stderr)
+        print(
+            f"{test} pair {record['pair']}: ours {speed(ours, test):.2f}, llama.cpp {record['llama']} "
+            f"{speed(theirs, test):.2f} tok/s",
+            ours.get("error", ""),
+            theirs.get("error", ""),
+            file=sys.stderr,
+        )
         if args.results:
             with open(args.results, "a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -159,5 +159,3 @@ def _check(keys: Keys, layer: Layer, rope: Rope) -> None:
         )
     if rope.yarn and (rope.freq_base <= 1 or rope.factor < 1):
         raise ConfigError(f"{arch}.rope.scaling.factor: YaRN needs a factor of at least 1 and a base above 1")
-
-

@@ -16,9 +16,7 @@ from moe_ref.kv import KV
 from moe_ref.rope import Tables
 
 
-def mla(
-    block: Block, x: np.ndarray, positions: np.ndarray, rope: Tables, kv: KV, absorbed: bool = True
-) -> np.ndarray:
+def mla(block: Block, x: np.ndarray, positions: np.ndarray, rope: Tables, kv: KV, absorbed: bool = True) -> np.ndarray:
     """One layer's attention: x [T, D] at ``positions`` [T] -> [T, D]; ``kv`` receives what is cached."""
     layer, absorbed = block.layer, absorbed and not block.has("attn_kv_b")
     q, q_rot = queries(block, x, rope)  # [T, H, plain], [T, H, rot]

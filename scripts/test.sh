@@ -31,6 +31,7 @@ export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 
 sh scripts/bootstrap.sh dev
 step "ruff check" "$python" -m ruff check .
+step "ruff format" "$python" -m ruff format --check .
 step "mypy" "$python" -m mypy moe_ref moe_cupy
 if [ "$lint_only" = yes ]; then exit 0; fi
 

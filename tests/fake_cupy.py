@@ -254,7 +254,6 @@ class Event:
         self._cupy.note("Event.synchronize", self.number)
         self.point.synchronize()
 
-
     def _ask(self) -> None:
         if self.capture is not None:
             raise CUDARuntimeError("cudaErrorCapturedEvent: operation not permitted on an event last recorded in a "

@@ -34,7 +34,17 @@ ARROWS: dict[str, set[str]] = {
     "lab": {"cache", "prefetch", "plan", "moe_ref"},
     # lab: gpu-check decodes a route-replay model; __init__: it uses the Engine as anybody does
     "tools": {
-        "engine", "kernels", "device", "store", "cache", "compiled", "prefetch", "plan", "moe_ref", "lab", "__init__",
+        "engine",
+        "kernels",
+        "device",
+        "store",
+        "cache",
+        "compiled",
+        "prefetch",
+        "plan",
+        "moe_ref",
+        "lab",
+        "__init__",
     },
     "cli": {"*"},
     "lab_commands": {"*"},

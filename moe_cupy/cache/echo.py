@@ -109,6 +109,7 @@ class Echo(Policy):
         self._bit = self._past = 0  # the current token, and those before it, as bits
         self._turns = [(0, PRIOR)] * (TURNS + 1)  # the most similar tokens, those after them, …; how many, with PRIOR
         self._found = False  # whether this event's neighbours are known
+
     def begin(self, layer: int, keys: Sequence[int], scores: Scores | None = None) -> None:
         if layer <= self._layer:
             self._begin_token()

@@ -185,6 +185,4 @@ class ExpertMover:
     def _describe(self, key: int, memory: Any) -> dict[str, Matrix]:
         tensors = self.layout.layers[key // self.layout.expert_count]
         views = self.store.views(key, memory)
-        return {
-            name: Matrix(t.type, t.rows, t.cols, views[name]) for name, t in zip(MATRICES, tensors, strict=True)
-        }
+        return {name: Matrix(t.type, t.rows, t.cols, views[name]) for name, t in zip(MATRICES, tensors, strict=True)}

@@ -91,9 +91,7 @@ class CpuPart:
     how_read: str = ""
 
     @classmethod
-    def of(
-        cls, split: Split, dense_bytes: Mapping[str, int], movers: Mapping[str, ExpertMover]
-    ) -> CpuPart | None:
+    def of(cls, split: Split, dense_bytes: Mapping[str, int], movers: Mapping[str, ExpertMover]) -> CpuPart | None:
         """None where the device asked for has no memory of its own."""
         if split.main == CPU:
             return None
@@ -142,9 +140,7 @@ def size_classes(store: ExpertStore) -> list[SizeClass]:
     ]
 
 
-def cache_request(
-    text: str, classes: list[SizeClass], free_bytes: int, flag: str = "--cache"
-) -> tuple[Request, str]:
+def cache_request(text: str, classes: list[SizeClass], free_bytes: int, flag: str = "--cache") -> tuple[Request, str]:
     """A ``--cache`` value as a request, and a sentence about it; "auto" takes what free memory allows."""
     if text != "auto":
         return parse_cache(text, flag), f"{flag} {text}"

@@ -210,9 +210,7 @@ def _told(layers: Sequence[Layer]) -> Iterable[Layer]:
     return tqdm(layers, "loading dense part", unit="layer", leave=False)
 
 
-def load_dense(
-    split: Split, file: GGUFFile, config: ModelConfig, views: Views, progress: bool = False
-) -> DenseWeights:
+def load_dense(split: Split, file: GGUFFile, config: ModelConfig, views: Views, progress: bool = False) -> DenseWeights:
     """Copy the dense tensors of a checked file to their devices. Raises GGUFError if the file cannot be read."""
     layers = _told(config.layers) if progress else config.layers
     up = _Uploader(split, file, views)

@@ -315,8 +315,17 @@ def test_prompts_of_many_lengths_do_not_each_keep_page_locked_memory():
 # Plan and run agree
 
 
-TABLES = [["--cpu-moe"], ["--n-cpu-moe", "2"], ["-ngl", "0"], ["-ngl", "1"], ["-ngl", "2"], ["-ngl", "99"], [],
-          ["-ot", r"blk\.[0-1]\.attn.*=CPU,exps=CPU"], ["-ngl", "1", "-ot", "attn_q=CUDA0,norm=CUDA0,token_embd=CUDA0"]]
+TABLES = [
+    ["--cpu-moe"],
+    ["--n-cpu-moe", "2"],
+    ["-ngl", "0"],
+    ["-ngl", "1"],
+    ["-ngl", "2"],
+    ["-ngl", "99"],
+    [],
+    ["-ot", r"blk\.[0-1]\.attn.*=CPU,exps=CPU"],
+    ["-ngl", "1", "-ot", "attn_q=CUDA0,norm=CUDA0,token_embd=CUDA0"],
+]
 # Launches are given these as numbers; they lie on no device.
 NUMBERS = re.compile(r"rope_freqs|rope_factors|layer_output_scale|\.scale$")
 

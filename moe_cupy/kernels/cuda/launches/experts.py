@@ -30,6 +30,7 @@ def router(
     shared = 4 * (2 * experts + groups) + block // 32 * BEST_BYTES
     return Launch("router", (len(logits), 1, 1), block, args, shared)
 
+
 CANDIDATE_BYTES, ECHO_BYTES = 24, 64  # of shared memory: for each warp; of resolve_echo, besides 4 for each
 
 
