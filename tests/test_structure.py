@@ -49,6 +49,8 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"*"},
     "lab_commands": {"*"},
     "plan_commands": {"*"},
+    "plan_flags": {"*"},
+    "engine_flags": {"*"},
     "profile_command": {"*"},
     "demo": {"*"},
     "__main__": {"cli"},
