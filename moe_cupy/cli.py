@@ -12,13 +12,10 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import numpy as np
-
-from moe_cupy.cache import POLICIES
-from moe_cupy.device import CHOICES
+from moe_cupy.engine_flags import add_engine
+from moe_cupy.engine_parser import BenchParser, CommandParser, EngineParser
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
-from moe_cupy.plan_commands import add_placement, add_plan, placement_lines
-from moe_cupy.prefetch import PREFETCHERS
+from moe_cupy.plan_flags import add_plan
 from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
     RequestError,
@@ -36,34 +33,12 @@ from moe_ref.command import (
 )
 
 
-def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int) -> None:
-    """How to run, in llama.cpp's spellings; ``act`` is the default of --act, ``threads`` reads the value of -t."""
-    add = parser.add_argument
-    add_model(parser)
-    add("--device", choices=CHOICES, default="auto", help="where to compute (default auto)")
-    add("--cache", default="auto", help="expert memory: 2GiB, 25%%, slots:N or auto (default)")
-    add("--host-cache", default="auto", help="experts in page-locked RAM before a GPU: 2GiB, 25%%, slots:N or auto")
-    add("--decode", choices=["host", "device"], default="host", help="who decides what is loaded (default host)")
-    add("--policy", choices=list(POLICIES), default="echo", help="whom to evict (default echo)")
-    add("--prefetch", choices=list(PREFETCHERS), default="none", help="what to fetch ahead (default none)")
-    add("-c", "--ctx-size", type=int, default=0, help="context; 0: the model's, at most 4096 (default)")
-    add("-ub", "--ubatch-size", type=int, default=512, help="prompt tokens at a time (default 512)")
-    add("-ctk", "--cache-type-k", default="f32", help="type of cached keys: f32 (default), f16, q8_0")
-    add("-ctv", "--cache-type-v", default="f32", help="type of cached values: f32 (default), f16, q8_0")
-    add("--act", choices=("f32", "q8"), default=act, help="activations where they meet quantized weights: exact, or "
-        f"rounded to 8 bits as llama.cpp does, several times faster (default {act})")  # fmt: skip
-    add("-t", "--threads", type=threads, default=None, help="threads for compute (default: all cores)")
-    add("--store", metavar="STORE", help="read experts from this file, made by repack (default: from the model)")
-    add("--no-direct-io", dest="direct_io", action="store_false", help="read through the page cache")
-    add("--reads", dest="reads_in_flight", type=number(1, 256), default=4, help="expert reads in flight (default 4)")
-    add_placement(parser)
-    add("-v", "--verbose", action="store_true", help="list every tensor with its place and why")
-
-
 def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     """Run a command once the kernels are there; that they are compiled is said where it has to be done."""
     from moe_cupy.numba_cache import compilation_told
 
+    for remark in getattr(args, "remarks", ()):
+        note(remark)
     with compilation_told(sys.stderr):
         import_module("moe_cupy.engine")
         if getattr(args, "device", "host") != "cuda":
@@ -75,11 +50,13 @@ def open_engine(args: argparse.Namespace) -> Any:
     """The engine that the flags describe; says on stderr which device and placement were chosen."""
     from moe_cupy.engine import Engine, Options
     from moe_cupy.numba_cache import compilation_told
+    from moe_cupy.plan_commands import placement_lines
 
     for line in placement_lines(args):
         note(line)
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
+    options["ubatch_size"] = min(args.ubatch_size, args.batch_size or args.ubatch_size)  # as llama.cpp bounds it
     with compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
         engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
     note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
@@ -113,7 +90,8 @@ def cmd_run(args: argparse.Namespace) -> None:
         if not 1 <= len(ids) <= engine.kv.capacity:
             raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{engine.kv.capacity} (-c)")
         decoder, made = StreamDecoder(engine.tokenizer), []
-        print(text, end="", flush=True)
+        if args.display_prompt:
+            print(text, end="", flush=True)
         for token in engine.generate_tokens(ids, args.predict, sampler, engine.tokenizer.eog_ids):
             made.append(token)
             print(decoder.push(token), end="", flush=True)
@@ -134,6 +112,8 @@ def cmd_run(args: argparse.Namespace) -> None:
 
 def cmd_logits(args: argparse.Namespace) -> None:
     """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
+    import numpy as np
+
     tokens = token_list(args.tokens)
     with open_engine(args) as engine:
         logits = engine.logits(tokens)
@@ -158,6 +138,8 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
 
 def cmd_check(args: argparse.Namespace) -> int:
     """Every op against its reference, the whole model against moe_ref; exit code 1 on any disagreement."""
+    import numpy as np
+
     from moe_cupy.device import open_device
     from moe_cupy.tools import check
 
@@ -255,32 +237,38 @@ def _add_repack(repacked: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
+    add = bench.add_argument_group("tests").add_argument
+    add("-p", "--n-prompt", type=_counts, default=[512], metavar="N,…", help="prompt tests, e.g. 128,512 (default 512)")
+    add("-n", "--n-gen", type=_counts, default=[128], metavar="N,…", help="generation tests (default 128)")
+    add("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
+    add("-d", "--n-depth", type=_counts, default=[0], metavar="N,…", help="tokens in the context before (default 0)")
+    add("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of a test")
+    add("--tokens", metavar="IDS", help="feed these ids: a file, or 1,2,3")
+    add("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
+    add("-o", "--output", choices=["md", "json", "jsonl"], default="md", help="form of the results")
     add_engine(bench, "q8", threads=_counts)
-    bench.add_argument("-p", "--n-prompt", type=_counts, default=[512], help="prompt tests, e.g. 128,512")
-    bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
-    bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
-    bench.add_argument("-d", "--n-depth", type=_counts, default=[0], help="tokens in the context before, e.g. 0,4096")
-    bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
-    bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
-    bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
-    bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line contract."""
-    parser = argparse.ArgumentParser("moe_cupy", description="Run mixture-of-experts models that do not fit.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = CommandParser("moe_cupy", description="Run mixture-of-experts models that do not fit.")
+    kinds: Any = lambda kind=CommandParser, **kwargs: kind(**kwargs)  # noqa: E731
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=kinds)
 
-    def command(name: str, run: Any, engine: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0].replace("%", "%%"), description=run.__doc__)
+    def command(name: str, run: Any, engine: bool = True, kind: Any = CommandParser) -> argparse.ArgumentParser:
+        about = run.__doc__.splitlines()[0].replace("%", "%%")
+        sub = commands.add_parser(name, help=about, description=run.__doc__, kind=EngineParser if engine else kind)
         sub.set_defaults(run=run if name == "repack" else partial(with_kernels, run))
         if engine:
-            add_engine(sub, "q8" if name == "run" else "f32")  # the others are compared with moe_ref
+            add_engine(sub, "f32")  # compared with moe_ref
         return sub
 
-    run = command("run", cmd_run)
+    run = command("run", cmd_run, engine=False, kind=EngineParser)
     add_prompt(run)
+    either = argparse.BooleanOptionalAction
+    run.add_argument("--display-prompt", action=either, default=True, help="write the prompt before its continuation")
     add_sampling(run)
+    add_engine(run, "q8")
     logits = command("logits", cmd_logits)
     logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
     logits.add_argument("-o", "--output", required=True, help="file to write")
@@ -290,7 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")
-    _add_bench(command("bench", cmd_bench, engine=False))
+    _add_bench(command("bench", cmd_bench, engine=False, kind=BenchParser))
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")

@@ -13,102 +13,21 @@ from moe_cupy.plan import PlanError
 from moe_cupy.plan.advice import advise
 from moe_cupy.plan.choose import best_static, make_plan
 from moe_cupy.plan.cost import size_text
-from moe_cupy.plan.emit import ENGINES, command
+from moe_cupy.plan.emit import command
 from moe_cupy.plan.hardware import GB, Machine, machine_called, pcie_bytes_s
 from moe_cupy.plan.hits import Curve, replayed
 from moe_cupy.plan.llama_command import Command, read_command
-from moe_cupy.plan.memory import KV_TYPES, MIB
+from moe_cupy.plan.memory import MIB
 from moe_cupy.plan.names import model_named, spelled
 from moe_cupy.plan.planner import Plan, Request, cached_plan, static_plan
 from moe_cupy.plan.report import as_json, no_plan, tensor_lines, text
-from moe_cupy.plan.rules import Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides
+from moe_cupy.plan.rules import gpu_layers
 from moe_cupy.plan.shapes import Model, from_file, preset
 from moe_cupy.plan.tables import DoesNotFit, table
-from moe_ref.command import add_model, note, number, print_json, read_text
+from moe_cupy.plan_flags import DEFAULT_HARDWARE
+from moe_ref.command import note, print_json, read_text
 
-DEFAULT_HARDWARE = "rtx5080-128g"
 WAYS: dict[str, Any] = {"cache": cached_plan, "static": best_static}  # of --mode
-SUMMARY = "Where every tensor goes, how fast it will be and why, what would help, and the equivalent commands."
-
-
-class AddOverrides(argparse.Action):
-    """Rules of -ot, --cpu-moe and --n-cpu-moe in one list, in the order in which they stand on the command line."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        rules: list[Override] = list(namespace.overrides)
-        try:
-            if option in ("-ot", "--override-tensor"):
-                rules += parse_overrides(values)
-            else:
-                rules += cpu_moe() if option in ("-cmoe", "--cpu-moe") else n_cpu_moe(values)
-        except PlanError as error:
-            parser.error(str(error))
-        namespace.overrides = rules
-
-
-def add_placement(parser: argparse.ArgumentParser) -> None:
-    """llama.cpp's placement flags; ``overrides`` holds the rules of all of them."""
-    add = parser.add_argument
-    parser.set_defaults(overrides=[])
-    add("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", help="layers on the GPU: N, auto (default), all")
-    add("-ot", "--override-tensor", action=AddOverrides, metavar="RULES", help="regex=device,…; the first match wins")
-    add("-cmoe", "--cpu-moe", action=AddOverrides, nargs=0, help="all experts in host memory")
-    add("-ncmoe", "--n-cpu-moe", action=AddOverrides, type=number(0, 4096), metavar="N",
-        help="experts of the first N layers in host memory")  # fmt: skip
-    add("-fit", "--fit", choices=["on", "off"], default="on", help="choose what is not given (default on)")
-    add("-fitt", "--fit-target", type=number(0, 10**6), default=1024, metavar="MIB", help="VRAM to leave free (1024)")
-    add("-fitc", "--fit-ctx", type=number(1), default=4096, metavar="N", help="smallest context to choose (4096)")
-
-
-def add_plan(commands: Any) -> None:
-    """The command line of ``plan``."""
-    sub = commands.add_parser("plan", help=SUMMARY, description=SUMMARY)
-    sub.set_defaults(run=cmd_plan, model="")  # not None, which run_command refuses: --from-command names one
-    add_model(sub)
-    add = sub.add_argument
-    add("--quant", help="quantization of a preset, such as Q4_K_M")
-    add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
-    add("--vram", type=positive, metavar="GIB", help="memory of the GPU; 0: no GPU")
-    add("--ram", type=above_zero, metavar="GB", help="host memory")
-    add("--ram-bw", type=above_zero, metavar="GB/S", help="its bandwidth")
-    add("--pcie", help="link such as 4x16")
-    add("--cores", type=number(1, 4096), help="cores that compute")
-    add("-c", "--ctx-size", type=number(0), default=None, help="context; 0: the model's own")
-    add("-ub", "--ubatch-size", type=number(1), default=512, help="prompt tokens at a time (512)")
-    for letter, what in (("k", "keys"), ("v", "values")):
-        add(f"-ct{letter}", f"--cache-type-{letter}", choices=KV_TYPES, default="f16", help=f"type of cached {what}")
-    add_placement(sub)
-    add("--depth", type=number(0), default=1024, help="context already used by the predicted token (1024)")
-    add(
-        "--mode", choices=["best", "cache", "static"], default="best", help="an expert cache, fixed places, or the best"
-    )
-    add("--routes", help="route trace (.npz): replay it for the hit rate instead of the fitted curve")
-    add("--explain", action="store_true", help="show the arithmetic of every figure")
-    add("--tensors", action="store_true", help="list every tensor with its place and why")
-    add("--emit", choices=ENGINES, help="print only this engine's command")
-    add("--windows", action="store_true", help="commands quoted for cmd and PowerShell")
-    add("--from-command", metavar="LINE", help="explain a llama-server line (@FILE reads it from a file)")
-    add("--plot", metavar="PNG", help="predicted speed against cache size, as a picture")
-    add("--json", action="store_true", help="one JSON object as the last line of stdout")
-
-
-def positive(text: str) -> float:
-    """For argparse's ``type``: a number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, found {text[:40]!r}") from None
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: expected at least 0")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """For argparse's ``type``: a number above 0."""
-    value = positive(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: expected a number above 0")
-    return value
 
 
 def cmd_plan(args: argparse.Namespace) -> None:
@@ -137,7 +56,8 @@ def cmd_plan(args: argparse.Namespace) -> None:
             print_json(no_plan(model, machine, str(error)))
         raise
     if said:
-        plan = replace(plan, warnings=(*plan.warnings, *said.remarks))
+        refused = (f"llama.cpp refuses this line: {why}" for why in said.refused)
+        plan = replace(plan, warnings=(*refused, *plan.warnings, *said.remarks))
     elif request.is_manual:
         note("note: placement flags given by hand: --fit is off" if args.fit == "on" else "note: --fit is off")
     if args.plot:
@@ -146,6 +66,8 @@ def cmd_plan(args: argparse.Namespace) -> None:
         plot_sizes(model, machine, request, args.plot, curve)
         note(f"{args.plot}: predicted speed against cache size")
     show(args, plan, curve)
+    if said and said.refused:
+        raise PlanError(f"llama.cpp refuses this line: {'; '.join(said.refused)}")
     if plan.too_full:
         raise DoesNotFit(plan.too_full)
 

@@ -31,6 +31,7 @@ from moe_ref.command import (
 from moe_ref.gguf import open_gguf
 from moe_ref.inspect import describe, table
 from moe_ref.model import Model
+from moe_ref.parser import Parser
 from moe_ref.perplexity import chunk, perplexity, progress, report
 from moe_ref.quantize import FILE_TYPES, MIXES, TYPES, choose_types, parse_rule, type_called, write_quantized
 from moe_ref.quants import dequantize
@@ -151,7 +152,7 @@ def cmd_quantize(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line contract."""
-    parser = argparse.ArgumentParser("moe_ref", description="Reference for mixture-of-experts GGUF models.")
+    parser = Parser("moe_ref", description="Reference for mixture-of-experts GGUF models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -211,44 +212,66 @@ class _Model(argparse.Action):
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The model, as the first argument or as -m, whichever a person types."""
     parser.add_argument("model_argument", metavar="MODEL", nargs="?", action=_Model, help="GGUF file")
-    parser.add_argument("-m", "--model", action=_Model, metavar="MODEL", help="the same")
+    parser.add_argument("-m", "--model", action=_Model, metavar="MODEL", help="the GGUF file, as in llama.cpp")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """llama.cpp's sampling flags. Greedy unless --temp is given, so that two runs agree."""
-    parser.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=40, help="keep the k likeliest; 0 keeps all (default 40)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="keep this much probability (default 0.95)")
-    parser.add_argument("--min-p", type=float, default=0.05, help="drop below this share of the best (default 0.05)")
-    parser.add_argument("-s", "--seed", type=int, default=-1, help="-1 takes a new one each run (default)")
+    add = parser.add_argument_group("choosing tokens").add_argument
+    add("--temp", "--temperature", type=float, default=0.0, metavar="T", help="temperature; 0 is greedy (default)")
+    add("--top-k", type=int, default=40, metavar="N", help="keep the N likeliest; 0 keeps all")
+    add("--top-p", type=float, default=0.95, metavar="P", help="keep this much probability")
+    add("--min-p", type=float, default=0.05, metavar="P", help="drop below this share of the best")
+    add("-s", "--seed", type=int, default=-1, metavar="N", help="-1 takes a new one each run (default)")
 
 
 def add_rounding(parser: argparse.ArgumentParser) -> None:
     """What is rounded as llama.cpp's CPU backend does: nothing, unless asked."""
-    parser.add_argument("--act", default="f32", help="activations: f32 (default); q8: rounded for each matrix")
+    add = parser.add_argument_group("rounding").add_argument
+    add("--act", default="f32", metavar="TYPE", help="activations: f32 (default); q8: rounded for each matrix")
     for letter, what in (("k", "keys"), ("v", "values")):
         text = f"type of cached {what}: f32 (default; llama.cpp's is f16), f16, bf16, q8_0, q4_0"
-        parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f32", metavar="TYPE", help=text)
+        add(f"-ct{letter}", f"--cache-type-{letter}", default="f32", metavar="TYPE", help=text)
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """llama.cpp's prompt flags."""
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("-p", "--prompt", help="text to continue")
-    group.add_argument("-f", "--file", help="read the prompt from a file")
-    parser.add_argument("-n", "--predict", "--n-predict", type=number(-1), default=-1, help="tokens; -1 until it ends")
-    parser.add_argument("-cnv", "--conversation", action="store_true", help="send the prompt as a chat message")
-    parser.add_argument("-sys", "--system-prompt", help="system message, with -cnv")
+    prompt = parser.add_argument_group("prompt and length")
+    group = prompt.add_mutually_exclusive_group(required=True)
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue")
+    group.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    add = prompt.add_argument
+    add("-n", "--predict", "--n-predict", type=number(-1), default=-1, metavar="N", help="tokens; -1 until it ends")
+    add("-cnv", "--conversation", action="store_true", help="send the prompt as a chat message")
+    system = prompt.add_mutually_exclusive_group().add_argument
+    system("-sys", "--system-prompt", metavar="TEXT", help="system message, with -cnv")
+    system("-sysf", "--system-prompt-file", metavar="FILE", help="read it from a file")
+    add("-e", "--escape", action="store_true", help=r"read \n, \r, \t, \', \", \\ and \xHH in -p and -sys")
 
 
 def prompt_text(args: argparse.Namespace, metadata: Any) -> str:
     """The prompt as the model shall see it: as given, or through the file's chat template with -cnv."""
     text = args.prompt if args.prompt is not None else read_text(args.file)
+    system = read_text(args.system_prompt_file) if args.system_prompt_file else args.system_prompt
+    if args.escape:
+        text, system = unescaped(text), system and unescaped(system)
     if not args.conversation:
-        if args.system_prompt:
+        if system:
             raise RequestError("-sys needs -cnv: a system message exists only in a conversation")
         return text
     from moe_ref.chat import render_chat
 
-    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-    return render_chat(metadata, [*system, {"role": "user", "content": text}])
+    messages = [{"role": "system", "content": system}] if system else []
+    return render_chat(metadata, [*messages, {"role": "user", "content": text}])
+
+
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    """Escape sequences as llama.cpp's -e reads them; an unknown one stays as it is."""
+
+    def meant(match: re.Match[str]) -> str:
+        return chr(int(match[2], 16)) if match[2] else ESCAPES[match[1]]
+
+    return re.sub(r"""\\([nrt'"\\]|x([0-7][0-9a-fA-F]))""", meant, text)

@@ -210,7 +210,7 @@ WRONG_REQUESTS = [
     (["logits", "-m", MODEL, "--tokens", "1", "-o", ""], "no file to write"),
     (["check", "-m", "{tiny}", "--n-tokens", "129"], "the context holds 128"),
     (["doctor", "--folder", "{tmp}/absent"], "no such folder"),
-    (["run", "-m", MODEL, "-p", "x", "-ctk", "q9"], "supported: f32, f16, q8_0"),
+    (["run", "-m", MODEL, "-p", "x", "-ctk", "q9"], "supported: f32, f16, bf16, q8_0, q4_0"),
     (["run", "-m", MODEL, "-p", "x", "--temp", "nan"], "temp"),
     (["run", "-m", MODEL, "-p", "x", "-t", "0"], "threads"),
     (["run", "-m", MODEL, "-f", "{tmp}/absent.txt"], "absent.txt"),

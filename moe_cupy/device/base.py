@@ -9,9 +9,10 @@ waits is told, and the stream runs nothing more until ``recover``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+if TYPE_CHECKING:  # the command line reads the names of devices without it
+    import numpy as np
 
 Work = Callable[[], None] | Sequence[Callable[[], None]]  # one piece, or parts that may run at the same time
 

@@ -13,7 +13,6 @@ from moe_cupy.plan.planner import Plan
 from moe_cupy.plan.rules import CPU, DENSE_FFN, EXPERTS, Override
 from moe_cupy.plan.tables import DoesNotFit
 
-ENGINES = ("llama.cpp", "ik_llama.cpp", "ktransformers")
 SAFE_ON_WINDOWS = re.compile(r"[A-Za-z0-9_./:\\=@+-]+")
 
 

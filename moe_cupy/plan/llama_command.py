@@ -6,20 +6,17 @@ Every flag of both (``data/flags.toml``) is planned with, told about, or named a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 
 from moe_cupy.plan.cost import NEVER, THRESHOLD
+from moe_cupy.plan.flag_table import OPTIONAL_VALUE, flags_of_environment, others, spellings
+from moe_cupy.plan.llama_refused import VERSION, Word, older, refusals
 from moe_cupy.plan.llama_words import LOOKS_WINDOWS, another_program, environment, program_and_flags, split_words
 from moe_cupy.plan.memory import MIB
 from moe_cupy.plan.planner import Request
 from moe_cupy.plan.rules import CPU, GPU, Override, cpu_moe, n_cpu_ffn, n_cpu_moe, parse_overrides
 from moe_cupy.plan.tables import PlanError, table
 
-ON_OFF = {"on": "on", "1": "on", "true": "on", "enabled": "on", "off": "off", "0": "off", "false": "off",
-          "disabled": "off"}  # fmt: skip
-OPTIONAL_VALUE = {"fa": ON_OFF | {"auto": "auto", "-1": "auto"}, "fit": ON_OFF}
 IK_FLAGS = ("-fmoe", "-rtr", "-amb", "-mla", "-ser", "-ooae", "-no-ooae", "-no-fmoe", "-muge", "-mqkv", "-ger", "-gr",
             "-sas", "-smgs", "-khad", "-vhad", "-cuda", "-op", "-okv", "--fit-margin")  # fmt: skip
 NUMBERS = ("ngl", "ncmoe", "ncffn", "ctx", "ubatch", "batch", "threads")
@@ -38,6 +35,7 @@ class Command:
     request: Request = field(default_factory=Request)
     engine: str = "llama.cpp"
     remarks: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # why no program of llama.cpp starts with it
 
 
 @dataclass
@@ -50,29 +48,15 @@ class Said:
     no_matter: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     cards: set[str] = field(default_factory=set)  # further ones that overrides name
+    words: list[Word] = field(default_factory=list)
     is_ik: bool = False
-
-
-@cache
-def spellings() -> dict[str, tuple[str, bool]]:
-    """Flag -> (name, whether a value follows) of what is planned with."""
-    flags = table("flags")
-    return {s: (name, kind == "value") for kind in ("value", "switch") for name, ss in flags[kind].items() for s in ss}
-
-
-@cache
-def others() -> dict[str, tuple[str, bool]]:
-    """Flag -> (what is said of it, "" if nothing, whether a value follows) of all others."""
-    flags = table("flags")
-    found = {flag: ("", kind == "value") for kind in ("value", "switch") for flag in flags["no_matter"][kind]}
-    return found | {flag: (row["text"], row["value"]) for row in flags["told"] for flag in row["flags"]}
 
 
 def read_command(text: str) -> Command:
     """A command line as a request. Raises PlanError for what the engine itself would refuse."""
     before, words = program_and_flags(split_words(text))
     around = environment(before)
-    words = [*flags_of_environment(around), *words]
+    words = [*(word for flag in flags_of_environment(around) for word in flag), *words]
     said = Said()
     i = 0
     while i < len(words):
@@ -94,27 +78,16 @@ def read_command(text: str) -> Command:
     made = Command(f.get("model") or file_of_repository(f), engine=engine, request=request,
                    repository=repository_words(f), windows=LOOKS_WINDOWS.search(text) is not None)  # fmt: skip
     made.threads = int(threads) if re.fullmatch(r"[1-9]\d{0,3}", threads) else None
+    made.refused = list(refusals(said.words, any("llama-bench" in word for word in before)))
     made.remarks = [*another_program(before), *remarks_on(said), *remarks_on_environment(around)]
     return made
-
-
-def flags_of_environment(around: dict[str, str]) -> Iterator[str]:
-    """LLAMA_ARG_* as the flags they stand for; flags on the line come later and win."""
-    known = table("flags")["environment"]
-    for name, value in around.items():
-        if name in known:
-            flag = known[name]
-            takes_value = (spellings() | others())[flag][1]
-            if takes_value:
-                yield from (flag, value)
-            elif ON_OFF.get(value.lower()) == "on":
-                yield flag
 
 
 def _take(words: list[str], i: int, said: Said) -> int:
     """Read the flag at i into ``said``; where the next begins."""
     flag, value, after = _flag(words, i)
     said.is_ik |= flag in IK_FLAGS
+    said.words.append((words[i], flag, value))
     if flag not in spellings():
         if flag not in others():
             said.unknown.append(words[i])
@@ -144,9 +117,11 @@ def _flag(words: list[str], i: int) -> tuple[str, str, int]:
         flag = flag.replace("_", "-")  # as there
     name, takes = (spellings() | others()).get(flag, ("", None))
     if name in OPTIONAL_VALUE and flag in spellings():
-        given = equals or (i + 1 < len(words) and words[i + 1].lower() in OPTIONAL_VALUE[name])
+        given = equals or (i + 1 < len(words) and not words[i + 1].startswith("-"))
         word = value if equals else words[i + 1] if given else "on"
-        return flag, OPTIONAL_VALUE[name].get(word.lower(), "on"), i + 1 + bool(given and not equals)
+        if word.lower() not in OPTIONAL_VALUE[name]:
+            raise PlanError(f"{flag} {word[:40]}: expected one of {', '.join(OPTIONAL_VALUE[name])}")
+        return flag, OPTIONAL_VALUE[name][word.lower()], i + 1 + bool(given and not equals)
     if takes and not equals:
         if i + 1 >= len(words):
             raise PlanError(f"--from-command: {flag} is the last word and needs a value")
@@ -206,7 +181,8 @@ def remarks_on(said: Said) -> list[str]:
     """What people get wrong, what is not planned with, and what does not matter: a sentence each."""
     from moe_cupy.plan.llama_remarks import mistakes, not_planned
 
-    lines = [f"{word}: not known here; it was passed over" for word in said.unknown]
+    lines = [f"{word}: not known to {VERSION} and ik_llama.cpp, which refuse it; passed over" for word in said.unknown]
+    lines += [] if said.is_ik else older(said.words)
     lines += [*mistakes(said.fields, said.overrides), *not_planned(said.fields, sorted(said.cards))]
     lines += [f"{flag}: {text}" for flag, text in said.told.items()]
     if said.no_matter:

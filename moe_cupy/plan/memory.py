@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from moe_cupy.plan.rules import CPU, Placement
 from moe_cupy.plan.shapes import Model, Past
-from moe_cupy.plan.tables import PlanError, table
+from moe_cupy.plan.tables import KV_TYPES, PlanError, table
 from moe_ref.quants import BY_NAME
 
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 PAD = 256  # positions are kept in whole multiples of it
 MIB = 1 << 20
 ACTIVATIONS = 12  # vectors of the model's width that live at once for each token of a batch

@@ -8,12 +8,13 @@ from typing import Any
 
 from moe_cupy.plan.advice import Advice
 from moe_cupy.plan.cost import Term, offload_threshold, share_text, size_text
-from moe_cupy.plan.emit import ENGINES, command, that_fits, without_cache
+from moe_cupy.plan.emit import command, that_fits, without_cache
 from moe_cupy.plan.explain import memory_formulas, term_lines, threshold_lines
 from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.planner import READ, WRITTEN, Plan
 from moe_cupy.plan.rules import CPU
 from moe_cupy.plan.shapes import Model, types_held
+from moe_cupy.plan.tables import ENGINES
 
 PLACES = {CPU: "RAM", "CUDA0": "VRAM"}
 
