@@ -252,3 +252,9 @@ def prompt_text(args: argparse.Namespace, metadata: Any) -> str:
 
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     return render_chat(metadata, [*system, {"role": "user", "content": text}])
+
+
+def prompt_ids(args: argparse.Namespace, tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what :func:`prompt_text` returned."""
+    ids: list[int] = tokenizer.encode_chat(text) if args.conversation else tokenizer.encode(text)
+    return ids
