@@ -7,6 +7,7 @@ A template is a Jinja program, run in a sandbox (chat_sandbox.py) with the messa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -34,6 +35,9 @@ def render_chat(
     _check_messages(messages)
     _need_jinja2()
     special, add_bos, add_eos = _special_tokens(metadata)
+    for name in (name for name in ("bos_token", "eos_token") if name in template and not {**special, **kw}[name]):
+        found = f"{key} writes {name}, but the file has none: it is left out"
+        warnings.warn(f"{found}; set {KEY}{name}_id with gguf_new_metadata", stacklevel=2)
     values = {**_surroundings(), **special, **kw, "add_generation_prompt": add_generation_prompt}
     try:
         program = compiled(template)

@@ -36,9 +36,13 @@ def render_whole(render: Render, messages: Messages) -> str:
     written = {i for i, message in enumerate(messages) if _text(message).strip() and not message.get("tool_calls")}
     wanted = {i: _marks(messages[i], i) for i in written or range(len(messages))}
     lost = _lost(render, marked, wanted)
-    for form in FORMS:
-        if _lost(render, form(marked, lost), wanted) == set():
+    if lost == set():
+        return render(messages)
+    tried = [marked]
+    for form in OTHER_FORMS:
+        if form(marked, lost) not in tried and _lost(render, form(marked, lost), wanted) == set():
             return render(form(messages, lost))
+        tried.append(form(marked, lost))
     prompt = render(messages)
     if lost is None:  # the template refuses the marks, but not the texts
         lost = {i for i in written if _letters(_text(messages[i])) not in _letters(prompt)}
@@ -73,6 +77,8 @@ def _with_marks(message: Message, marks: Sequence[str]) -> Message:
 def _lost(render: Render, marked: Messages, wanted: Mapping[int, list[str]]) -> Lost:
     try:
         prompt = render(marked).casefold()
+    except (OverflowError, MemoryError, RecursionError):  # too much for once, not to be tried again
+        raise
     except Exception:  # whatever a stranger's program raises
         return None
     if any(isinstance(message.get("content"), list) for message in marked):
@@ -105,11 +111,7 @@ def _letters(text: str) -> str:
 # ---- forms: messages as given and those that were lost then -> messages
 
 
-def _as_given(messages: Messages, lost: Lost) -> Messages:
-    return messages
-
-
-def _parts(messages: Messages, lost: Lost = None) -> Messages:
+def _parts(messages: Messages, lost: Lost = None) -> list[Message]:
     """Lists of parts, for all or only for those that were lost."""
     return [_as_parts(m) if lost is None or i in lost else m for i, m in enumerate(messages)]
 
@@ -127,7 +129,7 @@ def _as_text(message: Message) -> Message:
     return {**message, "content": _text(message)}
 
 
-def _merged(messages: Messages) -> Messages:
+def _merged(messages: Messages) -> list[Message]:
     """A first message of the role system put before the text of the next one, with a newline."""
     texts = [_as_text(message) for message in messages]
     if len(texts) < 2 or texts[0]["role"] != "system":
@@ -138,8 +140,7 @@ def _merged(messages: Messages) -> Messages:
     return [{**texts[1], "content": f"{system}\n{behind}"}, *texts[2:]]
 
 
-FORMS: tuple[Callable[[Messages, Lost], Messages], ...] = (
-    _as_given,
+OTHER_FORMS: tuple[Callable[[Messages, Lost], list[Message]], ...] = (
     lambda messages, lost: _parts(messages),
     lambda messages, lost: [_as_text(message) for message in messages],
     _parts,

@@ -221,8 +221,9 @@ NO_TOKEN = "\0no token\0"  # stands where a byte has no token; left out of the i
 class ByteLevelBPE:
     """Text without special tokens -> ids, by the `tokenizers` library.
 
-    As in llama.cpp, merges and tokens need not agree: what merges make and is no token is spelled, one token a byte.
-    The library wants a token for all that its merges name, so those missing get ids beyond the vocabulary.
+    As in llama.cpp, merges and tokens need not agree: what merges make and is no token is spelled, a token for each of
+    its characters that is ASCII; the others are left out. The library wants a token for all that its merges name, so
+    those missing get ids beyond the vocabulary.
     """
 
     def __init__(self, vocabulary: Vocabulary, merges: list[tuple[str, str]], row: PreTokenizer):
@@ -250,13 +251,15 @@ class ByteLevelBPE:
         )
 
     def _spelled(self, id: int) -> list[int]:
-        """The tokens of a text that is no token: of its symbols once merged, or of the bytes of each."""
+        """The tokens of a text that is no token: of its symbols once merged, or of the characters of each."""
         text = self._missing[id - self._size]
         if text == NO_TOKEN:
             return []
         symbols = merge(list(text), self._ranks, " ")  # the library takes a whole piece without merging (ignore_merges)
-        parts = [[symbol] if symbol in self._ids else list(symbol) for symbol in symbols]
-        return [self._ids[part] for some in parts for part in some if part in self._ids]
+        parts = [
+            part for symbol in symbols for part in ([symbol] if symbol in self._ids else filter(str.isascii, symbol))
+        ]
+        return [self._ids[part] for part in parts if part in self._ids]
 
     def bytes_of(self, text: str) -> bytes:
         return b"".join(bytes([BYTE_OF[c]]) if c in BYTE_OF else c.encode() for c in text)
