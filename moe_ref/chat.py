@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from moe_ref.chat_content import render_whole
+from moe_ref.chat_content import LostMessageError, render_whole
 from moe_ref.chat_sandbox import MAX_TEXT, ChatTemplateError, absent, compiled
 from moe_ref.vocabulary import KEY, SPECIAL, Vocabulary, read_vocabulary
 
 __all__ = ["MAX_TEXT", "ChatTemplateError", "render_chat"]
 
 TEMPLATE_KEY = "tokenizer.chat_template"
+SAYINGS = {ChatTemplateError: "refused: ", LostMessageError: ""}  # what an error is called; others by their kind
 
 
 def render_chat(
@@ -43,8 +44,8 @@ def render_chat(
         program = compiled(template)
         text = render_whole(lambda some: _joined(program.generate({**values, "messages": some})), messages)
     except Exception as error:  # whatever a stranger's program raises
-        what = "refused" if isinstance(error, ChatTemplateError) else type(error).__name__
-        raise ChatTemplateError(f"{key}{_line_of(error)}: {what}: {error}") from error
+        what = SAYINGS.get(type(error), f"{type(error).__name__}: ")
+        raise ChatTemplateError(f"{key}{_line_of(error)}: {what}{error}") from error
     bos, eos = (special["bos_token"] if add_bos else ""), (special["eos_token"] if add_eos else "")
     return bos + text.removeprefix(bos).removesuffix(eos) + eos
 

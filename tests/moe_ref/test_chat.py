@@ -69,6 +69,7 @@ def test_tojson_writes_json_as_it_is() -> None:
 def test_loop_controls_generation_tags_and_the_date_are_there() -> None:
     assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert render("a{% generation %}b{{ messages[0].content }}{% endgeneration %}c", HELLO) == "abHic"
+    assert render("{{ date_string }}").split() == render("{{ strftime_now('%d %b %Y') }}").split()
     assert render("{{ strftime_now('%Y') }}") in {str(datetime.now().year), str(datetime.now().year - 1)}
 
 
