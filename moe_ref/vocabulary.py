@@ -104,7 +104,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     vocabulary.space_prefix = _flag(metadata, "add_space_prefix", defaults.space_prefix)
     if defaults.always_bos and not vocabulary.add_bos:
         if KEY + "add_bos_token" in metadata:
-            warnings.warn(f"{KEY}add_bos_token is false and passed over: Gemma 4 needs its bos", stacklevel=2)
+            warnings.warn(f"{KEY}add_bos_token is false and passed over: Gemma 4 needs its bos", stacklevel=1)
         vocabulary.add_bos = True
     if vocabulary.add_bos:
         _check_is_there(metadata, "bos", vocabulary.bos_id)
