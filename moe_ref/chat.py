@@ -19,7 +19,10 @@ from moe_ref.vocabulary import KEY, SPECIAL, Vocabulary, read_vocabulary
 __all__ = ["MAX_TEXT", "ChatTemplateError", "render_chat"]
 
 TEMPLATE_KEY = "tokenizer.chat_template"
-SAYINGS = {ChatTemplateError: "refused: ", LostMessageError: ""}  # what an error is called; others by their kind
+SAYINGS: dict[type, str] = {
+    ChatTemplateError: "refused: ",
+    LostMessageError: "",
+}  # what an error is called; others by their kind
 
 
 def render_chat(
