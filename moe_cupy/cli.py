@@ -25,6 +25,7 @@ from moe_ref.command import (
     note,
     number,
     print_json,
+    prompt_ids,
     prompt_text,
     read_text,
     run_command,
@@ -86,7 +87,7 @@ def cmd_run(args: argparse.Namespace) -> None:
     with open_model(args.model) as file:  # a mistake in the prompt is told before a large model is loaded
         text = prompt_text(args, file.metadata)
     with open_engine(args) as engine:
-        ids = engine.tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
+        ids = prompt_ids(args, engine.tokenizer, text)
         if not 1 <= len(ids) <= engine.kv.capacity:
             raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{engine.kv.capacity} (-c)")
         decoder, made = StreamDecoder(engine.tokenizer), []
