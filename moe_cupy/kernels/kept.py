@@ -9,7 +9,7 @@ import numpy as np
 from moe_ref.quants import dequantize, quantize
 
 # Name on the command line -> (type of the items, format, numbers of a block, items of a block).
-CACHES: dict[str, tuple[type, str, int, int]] = {
+CACHES: dict[str, tuple[Any, str, int, int]] = {
     "f32": (np.float32, "F32", 1, 1),
     "f16": (np.float16, "F16", 1, 1),
     "bf16": (np.uint16, "BF16", 1, 1),
