@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from moe_ref.parser import Parser, nearest
 
 ZERO_OR_ONE = re.compile(r"[01](,[01])*")  # llama-bench gives one to every switch
+OTHERS = "Other flags of llama.cpp and ik_llama.cpp are taken with a line why they have no effect, or refused by name."
 
 
 class CommandParser(Parser):
@@ -44,6 +45,9 @@ class EngineParser(CommandParser):
 
     environment = True
     gives_switches_values = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, epilog=OTHERS, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
         self._without_effect: dict[str, list[str]] = {}  # why -> flags
