@@ -30,10 +30,11 @@ class CommandParser(Parser):
         from moe_cupy.plan.flag_table import answers, is_known, others, spellings
 
         if not is_known(flag):
-            near = nearest(flag, [*self._option_string_actions, *others(), *spellings()])
+            near = nearest(flag, self._option_string_actions) or nearest(flag, [*others(), *spellings()])
             self.error(f"{flag}: there is no such flag{near}")
         answer = answers().get(flag)
         why = f": {answer.text}" if answer and answer.refused else ""
+        why = ": --from-command explains a whole line" if "--from-command" in self._option_string_actions else why
         self.error(f"{flag}: {self.prog} does not have this flag of llama.cpp{why}")
 
 
