@@ -184,6 +184,7 @@ def all_attention_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     yield from make((5, 2, 1, 24, 24), 60, Sight(0.2, chunk=32), kind="F16")
     for kind in ("Q8_0", "Q4_0", "BF16"):
         yield from make((2, 4, 2, 64, 32), 40, Sight(0.3), kind=kind)
+        yield from make((5, 4, 2, 32, 32), 3, Sight(0.3), kind=kind)  # few positions: more of the tolerance is used
     yield from make((2, 3, 1, 72, 64), 33, Sight(0.1))  # MLA: 64 of 72
     yield from make((2, 2, 2, 32, 32), 20, Sight(0.3, softcap=2.0))
     yield from make((5, 2, 1, 256, 256), 20, Sight(256**-0.5), kind="F16")  # tiles of 16 positions
