@@ -35,13 +35,5 @@ step "ruff format" "$python" -m ruff format --check .
 step "mypy" "$python" -m mypy moe_ref moe_cupy
 if [ "$lint_only" = yes ]; then exit 0; fi
 
-# One pytest for both, so that one closing line counts all. --nbval-lax runs every cell and fails on an exception;
-# outputs are compared only in cells that say `# NBVAL_CHECK_OUTPUT`.
-set -- notebooks/*.ipynb
-if [ -e "$1" ]; then
-    step "pytest: tests and $# notebooks" "$python" -m pytest -q --durations=10 -m "$select" \
-        --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
-else
-    printf '\n(notebooks/ holds no notebook yet: none is run)\n'
-    step "pytest: tests" "$python" -m pytest -q --durations=10 -m "$select" tests
-fi
+# The notebooks are run by tests/course/test_runs.py, each once: cells, printed solutions, saved outputs.
+step "pytest: tests and notebooks" "$python" -m pytest -q --durations=10 -m "$select" tests
