@@ -120,7 +120,9 @@ def read_source(path: Path) -> Source:
             data += raw + padding(len(raw), 32)
         raw = {key: file.value_bytes(key) for key in file.metadata}
         metadata = {key: plain(value) for key, value in file.metadata.items()}
-        return Source(path.name.removesuffix(".gguf"), file.metadata["general.architecture"], metadata, raw, tensors, data)
+        return Source(
+            path.name.removesuffix(".gguf"), file.metadata["general.architecture"], metadata, raw, tensors, data
+        )
 
 
 def plain(value: Any) -> Any:
@@ -152,7 +154,9 @@ def changes(key: str, value: Any, raw: bytes) -> Iterator[tuple[str, bytes | Non
         return
     if isinstance(value, str):
         return
-    code = next(code for code, i in _CODES.items() if i == int.from_bytes(raw[:4] if raw[0] != ARRAY else raw[4:8], "little"))
+    code = next(
+        code for code, i in _CODES.items() if i == int.from_bytes(raw[:4] if raw[0] != ARRAY else raw[4:8], "little")
+    )
     array = np.array(value, code)
     others = [~array] if code == bool else [array * 0, array * 2, (array / 2).astype(code)]
     for other in others:

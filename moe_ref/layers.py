@@ -10,6 +10,7 @@ from moe_ref.keys import ConfigError, Keys
 from moe_ref.rope import Rope
 
 MAX_LAYERS = 4096
+DEFAULT_BASE = 10000.0  # of rope.freq_base
 SCALINGS = {name: name for name in ("none", "linear", "yarn", "longrope")}  # values of rope.scaling.type
 
 
@@ -35,8 +36,8 @@ def read_layers(keys: Keys, quirks: Quirks, width: int, experts: int) -> tuple[L
     n = blocks - keys.number("nextn_predict_layers", int, default=0, least=0)  # the last ones predict further tokens
     if not 1 <= n <= blocks <= MAX_LAYERS:
         raise ConfigError(f"{keys.architecture}.block_count: {blocks} layers, {n} of them in the trunk; at most 4096")
-    heads = keys.per_layer("attention.head_count", n)
-    heads_kv = keys.per_layer("attention.head_count_kv", n, default=heads)
+    heads = keys.per_layer("attention.head_count", blocks)
+    heads_kv = keys.per_layer("attention.head_count_kv", blocks, default=heads)
     is_moe = _moe_layers(keys, quirks, n, experts)
     recurrent = _recurrent(keys, quirks, n)
     window, windowed = _windows(keys, quirks, n)
@@ -67,8 +68,10 @@ def _moe_layers(keys: Keys, quirks: Quirks, n: int, experts: int) -> list[bool]:
 def _recurrent(keys: Keys, quirks: Quirks, n: int) -> list[bool]:
     if not quirks.recurrent:
         return [False] * n
+    if (flags := keys.flags("attention.recurrent_layers", n)) is not None:
+        return flags
     every = keys.number("full_attention_interval", int, default=4)
-    return keys.flags("attention.recurrent_layers", n) or [(i + 1) % every != 0 for i in range(n)]
+    return [(i + 1) % every != 0 for i in range(n)]
 
 
 def _windows(keys: Keys, quirks: Quirks, n: int) -> tuple[int, list[bool]]:
@@ -101,20 +104,24 @@ def _head_widths(keys: Keys, quirks: Quirks, default: int, windowed: bool) -> tu
 
 def _rope(keys: Keys, quirks: Quirks, key_length: int, windowed: bool) -> Rope:
     n_rot = keys.number("rope.dimension_count", int, default=key_length)
-    base = keys.number("rope.freq_base", float, default=10000.0, least=1e-3)
-    if windowed:
-        n_rot = keys.number("rope.dimension_count_swa", int, default=n_rot)
-        base = keys.number("rope.freq_base_swa", float, default=base, least=1e-3)
+    base = keys.number("rope.freq_base", float, default=DEFAULT_BASE, least=1e-3)
     kind = keys.choice("rope.scaling.type", SCALINGS, default="linear")
     old = keys.number("rope.scale_linear", float, default=0.0, least=0)
-    factor = 1.0 if kind == "none" else keys.number("rope.scaling.factor", float, default=old, least=0) or 1.0
+    factor = keys.number("rope.scaling.factor", float, default=old, least=0) or 1.0
+    if windowed:  # their factor has no key, and "none" does not switch it off
+        base, factor = (DEFAULT_BASE, 1.0) if quirks.window_rope == "default" else (base, factor)
+        n_rot = keys.number("rope.dimension_count_swa", int, default=n_rot)
+        base = keys.number("rope.freq_base_swa", float, default=base, least=1e-3)
+    elif kind == "none":
+        factor = 1.0
     attn_factor = keys.number("rope.scaling.attn_factor", float, default=1.0, least=0)
     if kind == "yarn" and _log_multiplier(keys):  # DeepSeek scales q.k instead: YaRN's own correction is cancelled
         attn_factor /= 1 + 0.1 * math.log(max(factor, 1.0))
     context = keys.number("context_length", int)
+    original = keys.number("rope.scaling.original_context_length", int, default=context, least=0)
     return Rope(
         style=quirks.rope, n_rot=n_rot, freq_base=base, factor=factor, yarn=kind == "yarn", attn_factor=attn_factor,
-        original_context_length=keys.number("rope.scaling.original_context_length", int, default=context),
+        original_context_length=original or context * (kind == "yarn"),  # 0: the context itself, and longrope's is longer
         beta_fast=32.0, beta_slow=1.0,  # llama.cpp reads the keys of these for grok alone
         text_pairs=_text_pairs(keys, quirks, n_rot),
     )  # fmt: skip

@@ -6,7 +6,8 @@ name, so that the model never knows.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import warnings
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -256,19 +257,28 @@ def predicts_further(c: ModelConfig, name: str) -> bool:
     """Whether a tensor belongs to a layer behind the trunk, which predicts tokens after the next (nextn, MTP)."""
     number = name.removeprefix("blk.").partition(".")[0]
     behind = name.startswith("blk.") and number.isdecimal() and int(number) >= c.block_count
-    return behind and int(number) < c.block_count + c.nextn_predict_layers
+    return c.quirks.predicting and behind and int(number) < c.block_count + c.nextn_predict_layers
 
 
 def vocab_rows(file: GGUFFile) -> int:
-    """Rows of the embedding matrix, the one place where a file states its true vocabulary size.
+    """Rows of the embedding matrix: the vocabulary size.
 
-    Raises ConfigError for one part of a split file, which has it or not by chance, and for what is no known model.
+    Raises ConfigError for one part of a split file, which has it or not by chance, for what is no known model, and where
+    the file has another number of tokens. Without tokens, the key ``vocab_size`` counts them; beside them it says nothing.
     """
     if file.get("split.count", 1) not in (0, 1) and not file.is_whole:
         raise ConfigError("split.count: this is one part of a split GGUF; open its first part, or merge it "
                           "(llama-gguf-split --merge)")  # fmt: skip
-    quirks_of(file.metadata)
+    architecture, _ = quirks_of(file.metadata)
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
         raise ConfigError(f"token_embd.weight: missing from {file.path}, or not a matrix")
-    return info.shape[0]
+    rows, size = info.shape[0], f"{architecture}.vocab_size"
+    key = "tokenizer.ggml.tokens" if "tokenizer.ggml.tokens" in file.metadata else size
+    value = file.get(key, rows)
+    count = len(value) if isinstance(value, Sequence) else value
+    if count != rows:
+        raise ConfigError(f"{key}: {count} tokens, but token_embd.weight has {rows} rows")
+    if file.get(size, rows) != rows:
+        warnings.warn(f"{size}: {file.get(size)!r} has no effect: the file has {rows} tokens", stacklevel=2)
+    return rows
