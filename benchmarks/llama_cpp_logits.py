@@ -2,11 +2,11 @@
 
     PYTHON_WITH_XLLAMACPP benchmarks/llama_cpp_logits.py < requests
 
-A request is a line of JSON, {"path": a GGUF file, "tokens": ids, "out": where to write}; the answer is a line on stdout,
-"ok" (and float32 [tokens, vocab] in ``out``) or why llama.cpp refuses. An assertion in llama.cpp ends the process:
-who asks starts another (``Llama`` does). One thread, keys and values in float32, no flash attention, the context of
-the file, one batch; NumPy is not needed there. Version of llama.cpp: that of xllamacpp 2026.10.11549; the two structures
-below are those of its ``llama.h``, and their default values are compared before anything runs.
+A request is a line of JSON, {"path": a GGUF file, "tokens": ids, "out": where to write}; the answer is a line on
+stdout, "ok" (and float32 [tokens, vocab] in ``out``) or why llama.cpp refuses. An assertion in llama.cpp ends the
+process, and ``Llama`` starts another. One thread, keys and values in float32, no flash attention, the context of the
+file, one batch. The two structures below are those of ``llama.h`` in xllamacpp 2026.10.11549; their default values are
+compared before anything runs.
 """
 
 from __future__ import annotations
@@ -21,48 +21,49 @@ import sys
 import tempfile
 from pathlib import Path
 
-P, I, U, F, B = c.c_void_p, c.c_int32, c.c_uint32, c.c_float, c.c_bool
+PTR, INT, UINT, FLOAT, BOOL = c.c_void_p, c.c_int32, c.c_uint32, c.c_float, c.c_bool
 PATIENCE = 20.0  # seconds; some values make llama.cpp loop for ever
 ERROR, F32, F16 = 4, 0, 1  # ggml_log_level, ggml_type
 
 
 class ModelParams(c.Structure):
     _fields_ = [
-        *((name, P) for name in ("devices", "buffer_types")),
-        *((name, I) for name in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")),
-        *((name, P) for name in ("tensor_split", "progress", "progress_data", "kv_overrides")),
-        *((name, B) for name in ("vocab_only", "check_tensors", "extra_buffers", "no_host", "no_alloc", "load_mtp")),
+        *((name, PTR) for name in ("devices", "buffer_types")),
+        *((name, INT) for name in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")),
+        *((name, PTR) for name in ("tensor_split", "progress", "progress_data", "kv_overrides")),
+        *((name, BOOL) for name in ("vocab_only", "check_tensors", "extra_buffers", "no_host", "no_alloc", "load_mtp")),
     ]
 
 
 class ContextParams(c.Structure):
     _fields_ = [
-        *((n, U) for n in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq", "n_outputs_max", "n_outputs_seq")),
-        *((n, I) for n in ("n_threads", "n_threads_batch", "context", "rope_scaling", "pooling", "attention", "flash")),
-        *((n, F) for n in ("freq_base", "freq_scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow")),
-        ("yarn_orig_ctx", U), ("defrag_thold", F), ("cb_eval", P), ("cb_eval_data", P), ("type_k", I), ("type_v", I),
-        ("moe_cache_size", c.c_size_t), ("abort", P), ("abort_data", P),
-        *((n, B) for n in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")),
-        ("samplers", P), ("n_samplers", c.c_size_t), ("ctx_other", P),
+        *((n, UINT) for n in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq", "n_outputs_max", "n_out_seq")),
+        *((n, INT) for n in ("n_threads", "n_threads_batch", "context", "scaling", "pooling", "attention", "flash")),
+        *((n, FLOAT) for n in ("freq_base", "freq_scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow")),
+        ("yarn_orig_ctx", UINT), ("defrag_thold", FLOAT), ("cb_eval", PTR), ("cb_eval_data", PTR),
+        ("type_k", INT), ("type_v", INT), ("moe_cache_size", c.c_size_t), ("abort", PTR), ("abort_data", PTR),
+        *((n, BOOL) for n in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")),
+        ("samplers", PTR), ("n_samplers", c.c_size_t), ("ctx_other", PTR),
     ]  # fmt: skip
 
 
 class Batch(c.Structure):
     _fields_ = [
-        ("n_tokens", I), ("token", c.POINTER(I)), ("embd", P), ("pos", c.POINTER(I)), ("n_seq_id", c.POINTER(I)),
-        ("seq_id", c.POINTER(c.POINTER(I))), ("logits", c.POINTER(c.c_int8)),
+        ("n_tokens", INT), ("token", c.POINTER(INT)), ("embd", PTR), ("pos", c.POINTER(INT)),
+        ("n_seq_id", c.POINTER(INT)), ("seq_id", c.POINTER(c.POINTER(INT))), ("logits", c.POINTER(c.c_int8)),
     ]  # fmt: skip
 
 
 RESULTS = {
     "llama_model_default_params": ModelParams, "llama_context_default_params": ContextParams, "llama_batch_init": Batch,
-    "llama_model_load_from_file": P, "llama_init_from_model": P, "llama_model_get_vocab": P,
-    "llama_get_logits": c.POINTER(F),
+    "llama_model_load_from_file": PTR, "llama_init_from_model": PTR, "llama_model_get_vocab": PTR,
+    "llama_get_logits": c.POINTER(FLOAT),
 }  # fmt: skip
 ARGUMENTS = {
-    "llama_model_load_from_file": [c.c_char_p, ModelParams], "llama_init_from_model": [P, ContextParams],
-    "llama_model_get_vocab": [P], "llama_vocab_n_tokens": [P], "llama_batch_init": [I, I, I], "llama_batch_free": [Batch],
-    "llama_decode": [P, Batch], "llama_get_logits": [P], "llama_free": [P], "llama_model_free": [P],
+    "llama_model_load_from_file": [c.c_char_p, ModelParams], "llama_init_from_model": [PTR, ContextParams],
+    "llama_model_get_vocab": [PTR], "llama_vocab_n_tokens": [PTR],
+    "llama_batch_init": [INT, INT, INT], "llama_batch_free": [Batch],
+    "llama_decode": [PTR, Batch], "llama_get_logits": [PTR], "llama_free": [PTR], "llama_model_free": [PTR],
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def logits(llama: c.CDLL, path: str, tokens: list[int]) -> bytes:
     if not model:
         raise RuntimeError("not loaded")
     params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_outputs_seq = 0, len(tokens), len(tokens), len(tokens)
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_out_seq = 0, len(tokens), len(tokens), len(tokens)
     params.n_threads = params.n_threads_batch = 1
     params.flash, params.type_k, params.type_v = 0, F32, F32
     context = llama.llama_init_from_model(model, params)
@@ -119,7 +120,7 @@ def decoded(llama: c.CDLL, context: int, tokens: list[int], vocab: int) -> bytes
 def serve() -> None:
     llama, errors = library(), []
 
-    @c.CFUNCTYPE(None, c.c_int, c.c_char_p, P)
+    @c.CFUNCTYPE(None, c.c_int, c.c_char_p, PTR)
     def log(level: int, text: bytes, _: object) -> None:
         if level == ERROR:
             errors.append(text.decode(errors="replace").strip())

@@ -24,6 +24,7 @@ class Quirks:
     # Attention
     mixer: str = "gqa"  # "mla": keys and values are rebuilt from one small vector a position
     rope: str = "neox"  # pairs (i, i + n_rot/2); "norm": pairs (2i, 2i + 1)
+    part_rope: bool = False  # llama.cpp runs files in which only a part of each head is rotated
     rope_sections: str = ""  # "interleaved", "blocks": of rope.dimension_sections; which pairs follow the text position
     rope_factors: tuple[str, ...] = ()  # tensors of divisors of the frequencies that a file may have
     qk_norm: str = "none"  # RMS norm of q and k: "head", "row" (before the split), "unit" (weightless, after RoPE)
@@ -60,7 +61,8 @@ class Quirks:
 
 
 _QWEN_HYBRID: dict[str, Any] = dict(
-    qk_norm="head", output_gate=True, predicting=True, ffn_norm="post_attention_norm", shared=True, shared_gate=True
+    part_rope=True, qk_norm="head", output_gate=True, predicting=True, ffn_norm="post_attention_norm", shared=True,
+    shared_gate=True,
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, Quirks] = {
@@ -76,24 +78,26 @@ ARCHITECTURES: dict[str, Quirks] = {
     "qwen35moe": Quirks(recurrent="tile", rope_sections="interleaved", **_QWEN_HYBRID),
     "olmoe": Quirks(qk_norm="row", renormalise=False),
     "deepseek": Quirks(rope="norm", rope_factors=ROPE_FACTORS[:1], shared=True, renormalise=False),
-    "deepseek2": Quirks(mixer="mla", rope="norm", predicting=True, shared=True, gating=None, renormalise=None),
+    "deepseek2": Quirks(
+        mixer="mla", rope="norm", part_rope=True, predicting=True, shared=True, gating=None, renormalise=None
+    ),
     "glm4moe": Quirks(
-        qk_norm="head", qk_norm_optional=True, rope_sections="blocks", predicting=True, ffn_norm="post_attention_norm",
-        shared=None, gating=None, default_gating="sigmoid", renormalise=None,
+        part_rope=True, rope_sections="blocks", qk_norm="head", qk_norm_optional=True, predicting=True,
+        ffn_norm="post_attention_norm", shared=None, gating=None, default_gating="sigmoid", renormalise=None,
     ),
     "gpt-oss": Quirks(
         window="sliding", window_every=2, sinks=True, ffn_norm="post_attention_norm", activation="swiglu_oai",
         gating=SELECTED, renormalise=False,
     ),
     "granitemoe": Quirks(rope="norm", rope_factors=ROPE_FACTORS, experts="optional", shared=None),
-    "phimoe": Quirks(rope_factors=ROPE_FACTORS[1:]),
-    "minimax-m2": Quirks(qk_norm="row", gating=None, default_gating=""),
+    "phimoe": Quirks(part_rope=True, rope_factors=ROPE_FACTORS[1:]),
+    "minimax-m2": Quirks(part_rope=True, qk_norm="row", gating=None, default_gating=""),
     "ernie4_5-moe": Quirks(rope="norm", shared=None),
     "dbrx": Quirks(norm="layer", ffn_norm="attn_output_norm"),
     "gemma4": Quirks(
-        qk_norm="head", rope_factors=ROPE_FACTORS[:1], window="sliding", window_rope="default", attention_scale=1.0,
-        value_norm=True, post_norms=True, embedding_scale="root", softcap=30.0, experts="optional", dense_beside=True,
-        activation="gelu",
+        part_rope=True, rope_factors=ROPE_FACTORS[:1], qk_norm="head", window="sliding", window_rope="default",
+        attention_scale=1.0, value_norm=True, post_norms=True, embedding_scale="root", softcap=30.0, experts="optional",
+        dense_beside=True, activation="gelu",
     ),
 }  # fmt: skip
 

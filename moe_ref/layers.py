@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 from moe_ref.architectures import LLAMA4_CHUNK, Quirks
@@ -55,6 +56,8 @@ def read_layers(keys: Keys, quirks: Quirks, width: int, experts: int) -> tuple[L
             )
         )  # fmt: skip
         _check(keys, layers[-1], rope)
+    if not quirks.part_rope:
+        _warn_of_parts(keys, layers)
     return tuple(layers)
 
 
@@ -121,7 +124,7 @@ def _rope(keys: Keys, quirks: Quirks, key_length: int, windowed: bool) -> Rope:
     original = keys.number("rope.scaling.original_context_length", int, default=context, least=0)
     return Rope(
         style=quirks.rope, n_rot=n_rot, freq_base=base, factor=factor, yarn=kind == "yarn", attn_factor=attn_factor,
-        original_context_length=original or context * (kind == "yarn"),  # 0: the context itself, and longrope's is longer
+        original_context_length=original or context * (kind == "yarn"),  # 0 in longrope: any context is longer
         beta_fast=32.0, beta_slow=1.0,  # llama.cpp reads the keys of these for grok alone
         text_pairs=_text_pairs(keys, quirks, n_rot),
     )  # fmt: skip
@@ -166,3 +169,11 @@ def _check(keys: Keys, layer: Layer, rope: Rope) -> None:
         )
     if rope.yarn and (rope.freq_base <= 1 or rope.factor < 1):
         raise ConfigError(f"{arch}.rope.scaling.factor: YaRN needs a factor of at least 1 and a base above 1")
+
+
+def _warn_of_parts(keys: Keys, layers: list[Layer]) -> None:
+    for rope, length in ((layer.rope, layer.key_length) for layer in layers):
+        if rope and rope.n_rot < length:
+            name = f"{keys.architecture}.rope.dimension_count"
+            warnings.warn(f"{name}: {rope.n_rot} of {length} are rotated; llama.cpp refuses this file", stacklevel=4)
+            return
