@@ -128,3 +128,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "logit_scale": ("granitemoe",),
     "rope.dimension_sections": ("qwen35moe",),
 }
+
+# Keys of inner widths, and the architectures that llama.cpp does not read them for: the tensors alone say it there.
+UNREAD_WIDTHS: dict[str, tuple[str, ...]] = {
+    "expert_feed_forward_length": ("dbrx", "granitemoe", "llama", "olmoe", "phimoe"),
+    "expert_shared_feed_forward_length": ("deepseek", "deepseek2", "glm4moe", "llama", "llama4"),
+}

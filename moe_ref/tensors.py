@@ -11,6 +11,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from moe_ref.architectures import UNREAD_WIDTHS
 from moe_ref.config import ConfigError, ModelConfig, quirks_of
 from moe_ref.gguf import GGUFFile, TensorInfo
 from moe_ref.layers import Layer
@@ -183,7 +184,7 @@ def inner_width(c: ModelConfig, layer: Layer, file: GGUFFile, kind: str = "") ->
     info = file.tensors.get(name)
     if info is None or len(info.shape) < 2:
         raise ConfigError(f"{name}: missing from {file.path}, or not a matrix")
-    said = file.get(f"{c.architecture}.{key}")
+    said = None if c.architecture in UNREAD_WIDTHS.get(key, ()) else file.get(f"{c.architecture}.{key}")
     said = said[layer.index] if isinstance(said, Sequence) and layer.index < len(said) else said
     if said and said != info.shape[axis]:
         raise ConfigError(f"{c.architecture}.{key}: {said}, but by {name} the width is {info.shape[axis]}")
