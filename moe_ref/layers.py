@@ -87,10 +87,13 @@ def _windows(keys: Keys, quirks: Quirks, n: int) -> tuple[int, list[bool]]:
         length = LLAMA4_CHUNK
     else:
         length = keys.number("attention.sliding_window", int)
-    if (flags := keys.flags("attention.sliding_window_pattern", n)) is not None:
-        return length, flags
-    every = keys.number("attention.sliding_window_pattern", int, default=quirks.window_every or None, least=0)
-    return length, [every == 0 or i % every < every - 1 for i in range(n)]
+    windowed = keys.flags("attention.sliding_window_pattern", n)
+    if windowed is None:
+        every = keys.number("attention.sliding_window_pattern", int, default=quirks.window_every or None, least=0)
+        windowed = [every == 0 or i % every < every - 1 for i in range(n)]
+    if not any(windowed):
+        raise ConfigError(f"{keys.architecture}.attention.sliding_window_pattern: no layer has a window")
+    return length, windowed
 
 
 def _head_widths(keys: Keys, quirks: Quirks, default: int, windowed: bool) -> tuple[int, int]:

@@ -123,28 +123,28 @@ def network_shapes(c: ModelConfig, block: str, kind: str, inner: int, experts: t
 def ffn_shapes(c: ModelConfig, layer: Layer, block: str, file: GGUFFile) -> Shapes:
     """The feed-forward part of a layer: a dense network, or a router, experts and what stands beside them."""
     if not layer.is_moe:
-        return network_shapes(c, block, "", inner_width(c, layer, file))
+        return network_shapes(c, block, "", inner_width(file, block + "ffn_up"))
     shapes: Shapes = {
         block + "ffn_gate_inp.weight": (c.expert_count, c.embedding_length),
         block + "exp_probs_b.bias?": (c.expert_count,),
-        **network_shapes(c, block, "_exps", inner_width(c, layer, file, "_exps"), (c.expert_count,)),
+        **network_shapes(c, block, "_exps", inner_width(file, block + "ffn_down_exps", -1), (c.expert_count,)),
     }
     if c.shared:
-        shapes |= network_shapes(c, block, "_shexp", inner_width(c, layer, file, "_shexp"))
+        shapes |= network_shapes(c, block, "_shexp", inner_width(file, block + "ffn_up_shexp"))
     if c.quirks.shared_gate:
         shapes[block + "ffn_gate_inp_shexp.weight"] = (1, c.embedding_length)
     if c.quirks.dense_beside:
-        shapes |= network_shapes(c, block, "", inner_width(c, layer, file))
+        shapes |= network_shapes(c, block, "", inner_width(file, block + "ffn_up"))
         shapes |= dict.fromkeys((block + f"{name}.weight" for name in BESIDE_NORMS), (c.embedding_length,))
         shapes[block + "ffn_gate_inp.scale"] = (c.embedding_length,)
     return shapes
 
 
-WIDTHS = {  # matrix, the axis that is the inner width, and the key that may say it too
-    "": ("up", -2, "feed_forward_length"),
-    "_exps": ("down_exps", -1, "expert_feed_forward_length"),
-    "_shexp": ("up_shexp", -2, "expert_shared_feed_forward_length"),
-}
+WIDTHS = (  # matrix, the axis that is the inner width, and the key that may say it too
+    ("up", -2, "feed_forward_length"),
+    ("down_exps", -1, "expert_feed_forward_length"),
+    ("up_shexp", -2, "expert_shared_feed_forward_length"),
+)
 BESIDE_NORMS = ("post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2")
 MIXER_SHAPES = {"gqa": gqa_shapes, "mla": mla_shapes, "delta": delta_shapes}
 
@@ -174,21 +174,24 @@ def _with_biases(shapes: Shapes) -> Shapes:
     return {name: shape for name, shape in extra.items() if name[:-1] not in shapes}
 
 
-def inner_width(c: ModelConfig, layer: Layer, file: GGUFFile, kind: str = "") -> int:
-    """Inner width F of a feed-forward network, read off its matrix: a file need not have the key that counts it.
-
-    Raises ConfigError where it has, and the two differ. ``kind`` as in ``network_shapes``.
-    """
-    part, axis, key = WIDTHS[kind]
-    name = f"blk.{layer.index}.ffn_{part}.weight"
-    info = file.tensors.get(name)
+def inner_width(file: GGUFFile, stem: str, axis: int = -2) -> int:
+    """Inner width F of a feed-forward network, read off its matrix (files disagree on which key holds it)."""
+    info = file.tensors.get(stem + ".weight")
     if info is None or len(info.shape) < 2:
-        raise ConfigError(f"{name}: missing from {file.path}, or not a matrix")
-    said = None if c.architecture in UNREAD_WIDTHS.get(key, ()) else file.get(f"{c.architecture}.{key}")
-    said = said[layer.index] if isinstance(said, Sequence) and layer.index < len(said) else said
-    if said and said != info.shape[axis]:
-        raise ConfigError(f"{c.architecture}.{key}: {said}, but by {name} the width is {info.shape[axis]}")
+        raise ConfigError(f"{stem}.weight: missing from {file.path}, or not a matrix")
     return info.shape[axis]
+
+
+def check_widths(c: ModelConfig, file: GGUFFile) -> None:
+    """Raise ConfigError where a key that llama.cpp reads says another inner width than the matrix."""
+    for part, axis, key in WIDTHS:
+        said = None if c.architecture in UNREAD_WIDTHS.get(key, ()) else file.get(f"{c.architecture}.{key}")
+        for layer in c.layers if said else ():
+            name = f"blk.{layer.index}.ffn_{part}.weight"
+            width = file.tensors[name].shape[axis] if name in file.tensors else None
+            one = said[layer.index] if isinstance(said, Sequence) and layer.index < len(said) else said
+            if one and width and one != width:
+                raise ConfigError(f"{c.architecture}.{key}: {one}, but by {name} the width is {width}")
 
 
 def expected_shapes(c: ModelConfig, file: GGUFFile) -> Shapes:
@@ -242,6 +245,7 @@ def check_tensors(c: ModelConfig, file: GGUFFile) -> dict[str, View]:
 
     Raises ConfigError or FormatError for the first that is missing, misshapen, of an unknown type, or of no use.
     """
+    check_widths(c, file)
     shapes = expected_shapes(c, file)
     found = views(shapes, file)
     for marked, shape in shapes.items():

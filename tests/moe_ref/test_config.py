@@ -161,7 +161,7 @@ def test_gemma4_caps_its_logits_at_30_where_the_key_is_absent_and_not_at_all_whe
 
 def test_gemma4_without_experts_has_dense_layers_and_no_router():
     tensors = {f"blk.{i}.ffn_up.weight": SimpleNamespace(shape=(16, 24)) for i in range(2)}
-    file: Any = SimpleNamespace(path="", tensors=tensors, get=GEMMA4.get)
+    file: Any = SimpleNamespace(path="", tensors=tensors)
     shapes = expected_shapes(load_config(GEMMA4, 11), file)
     assert shapes["blk.1.ffn_gate.weight"] == (16, 24) and not [name for name in shapes if "ffn_gate_inp" in name]
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import SHARED, TESTS
 from layouts import rewritten
 
-from moe_ref.config import ConfigError
+from moe_ref.config import ConfigError, load_config
 from moe_ref.model import Model
 
 RECORD = json.loads((TESTS / "data" / "metadata.json").read_text())
@@ -121,3 +121,14 @@ def test_a_part_of_a_head_rotated_where_llama_cpp_refuses_it_is_said(tmp_path):
     path = changed("olmoe.BF16", {"olmoe.rope.dimension_count": 8}, tmp_path)
     with pytest.warns(UserWarning, match=r"^olmoe\.rope\.dimension_count: 8 of 16 are rotated; llama\.cpp refuses"):
         Model(path)
+
+
+@pytest.mark.parametrize("pattern", [1, [False, False]])
+def test_a_model_of_windows_without_any_is_refused(pattern):
+    """llama.cpp: an assertion."""
+    keys = {"block_count": 2, "embedding_length": 24, "context_length": 100, "attention.head_count": 2,
+            "attention.layer_norm_rms_epsilon": 1e-6, "attention.sliding_window": 8, "expert_count": 4,
+            "expert_used_count": 2, "attention.sliding_window_pattern": pattern}  # fmt: skip
+    metadata = {"general.architecture": "gpt-oss"} | {f"gpt-oss.{key}": value for key, value in keys.items()}
+    with pytest.raises(ConfigError, match=r"^gpt-oss\.attention\.sliding_window_pattern: no layer has a window"):
+        load_config(metadata, 11)
