@@ -18,7 +18,7 @@ demo: ## a trained MoE model talks with 25% of its experts resident
 test: ## ruff, mypy, pytest, notebooks: what CI runs
 	@sh scripts/test.sh
 
-test-all: ## the same with the slow tests
+test-all: ## the same with the slow tests: about an hour and a half of one core
 	@sh scripts/test.sh --all
 
 lint: ## ruff and mypy only
@@ -29,7 +29,7 @@ oracle: ## the reference against llama.cpp and transformers, file by file; write
 	@OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/oracle.py --write docs/results.md $(ORACLE_ARGS)
 
 cuda-gates: ## compile the CUDA kernels for seven architectures, no GPU needed; compares docs/kernels.md
-	@sh scripts/cuda_gates.sh
+	@sh scripts/cuda_gates.sh --all
 
 gpu-check: ## on a machine with a GPU: kernels, models, copies, rates; writes gpu-check.json and .md, under 8 minutes
 	@sh scripts/gpu_check.sh $(GPU_CHECK_ARGS)
