@@ -382,7 +382,7 @@ def test_a_full_disk_behind_standard_output_is_one_line_and_exit_code_1(command)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
-def test_interrupting_a_run_ends_it_within_a_second_without_a_traceback():
+def test_interrupting_a_run_ends_it_without_a_traceback():
     flags = ["-m", MODEL, "-p", "The", "-n", "-1", "-c", "4096", "--temp", "1"]
     command = [sys.executable, "-m", "moe_cupy", "run", *flags]
     # A shell starts background jobs with interrupts ignored, and children inherit that: `make test &` would hang here.

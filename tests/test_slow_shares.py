@@ -14,7 +14,7 @@ from tests.slow_shares import parse_share, pytest_collection_modifyitems, shares
 def test_the_parts_cost_about_the_same_whatever_the_order_of_the_tests():
     seconds = {f"dear {i}": float(s) for i, s in enumerate([300, 200, 200, 100, 100, 100, 90, 60, 40, 10])}
     share = shares_of(seconds, 3)
-    loads = Counter({k: 0.0 for k in (1, 2, 3)})
+    loads = Counter(dict.fromkeys((1, 2, 3), 0.0))
     for name, cost in seconds.items():
         loads[share[name]] += cost
     assert sorted(loads.values()) == [400, 400, 400]

@@ -58,7 +58,9 @@ def test_a_run_that_compiles_says_so_and_another_says_nothing():
     told, silent = io.StringIO(), io.StringIO()
     with numba_cache.compilation_told(told):
         numba.njit("i8(i8)")(lambda x: x + 1)
-        time.sleep(0.5)
+        until = time.monotonic() + 300
+        while not told.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
     with numba_cache.compilation_told(silent):
         time.sleep(0.5)
     first, last = told.getvalue().splitlines()
