@@ -9,8 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any, seconds: float | None = None) -> list[Any]:
+    """Parameters of a test of which those that are ``quick`` run always; the others are slow and cost ``seconds``."""
+    mark = pytest.mark.slow if seconds is None else pytest.mark.slow(seconds=seconds)
+    values = list(values)
+    missing = [value for value in quick if value not in values]
+    assert not missing, f"{missing}: not among the values"
+    return [pytest.param(value, marks=() if value in quick else mark) for value in values]
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.slow_shares import parse_share, pytest_collection_modifyitems, shares_of
+from tests.slow_shares import mostly_slow, parse_share, pytest_collection_modifyitems, shares_of
 
 
 def test_the_parts_cost_about_the_same_whatever_the_order_of_the_tests():
@@ -53,3 +53,12 @@ def test_the_shares_of_a_suite_together_are_its_slow_tests(request):
     assert sum(len(part - {"quick"}) for part in parts) == len(slow) and set().union(*parts) == {*slow, "quick"}
     assert selected(None, slow) == slow.keys()
     assert request.config.getoption("slow_share", "no such option") != "no such option"
+
+
+def test_all_values_but_the_quick_ones_are_slow():
+    rows = mostly_slow("abc", "b", seconds=7)
+    assert [(row.values[0], [mark.kwargs for mark in row.marks]) for row in rows] == [
+        ("a", [{"seconds": 7}]), ("b", []), ("c", [{"seconds": 7}]),
+    ]  # fmt: skip
+    with pytest.raises(AssertionError, match="'z'.*not among the values"):
+        mostly_slow("abc", "z")
