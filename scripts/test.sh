@@ -57,7 +57,10 @@ if [ "$lint" = yes ]; then
 fi
 case $tests in
     fast) step "pytest: tests and notebooks" with_notebooks -m 'not slow' ;;
-    all) step "pytest: all tests and notebooks" with_notebooks -m 'slow or not slow' ;;
+    all)
+        sh scripts/cuda_gates.sh --install || echo 'the CUDA kernels are NOT compiled for GPUs: no NVRTC and ptxas here' >&2
+        step "pytest: all tests and notebooks" with_notebooks -m 'slow or not slow'
+        ;;
     share)
         step "pytest: part $share of the slow tests (again: sh scripts/test.sh --share $share)" \
             pytest -m slow --slow-share "$share" tests

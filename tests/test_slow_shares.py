@@ -60,5 +60,5 @@ def test_all_values_but_the_quick_ones_are_slow():
     assert [(row.values[0], [mark.kwargs for mark in row.marks]) for row in rows] == [
         ("a", [{"seconds": 7}]), ("b", []), ("c", [{"seconds": 7}]),
     ]  # fmt: skip
-    with pytest.raises(AssertionError, match="'z'.*not among the values"):
+    with pytest.raises(AssertionError, match=r"'z'.*not among the values"):
         mostly_slow("abc", "z")
