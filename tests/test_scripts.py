@@ -13,6 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 STUB = 'echo "$(basename "$0") $*" >>ran\ncase " $FAILING " in *" $(basename "$0") $* "*) exit 9 ;; esac\n'
 
 
+def program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}")
+    path.chmod(0o755)
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of .ci/run and scripts/test.sh in a folder with blanks; what they call writes its name to a file."""
@@ -23,19 +28,17 @@ def tree(tmp_path: Path) -> Path:
     for name in ("cuda_gates.sh", "test.sh", "bootstrap.sh"):
         (tree / "scripts" / name).write_text(STUB)
     (tree / "Makefile").write_text("test:\n\t@sh scripts/test.sh\n")
-    python = tree / ".venv" / "bin" / "python"
-    python.write_text(f"#!/bin/sh\n{STUB}")
-    python.chmod(0o755)
+    program(tree / ".venv" / "bin" / "python", STUB)
+    program(tree / ".venv" / "bin" / "apt-get", "exit 0\n")  # nothing is installed by a test
     return tree
 
 
 def run(tree: Path, *command: str, failing: str = "", **environment: str) -> tuple[int, list[str], str]:
     """Exit code, what ran, and what was said."""
     (tree / "ran").unlink(missing_ok=True)
-    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    done = subprocess.run(
-        command, cwd=tree, env=env | {"FAILING": failing} | environment, capture_output=True, text=True
-    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "CI_"))}
+    env |= {"FAILING": failing, "PYTHON": "true", "PATH": f"{tree}/.venv/bin:{os.environ['PATH']}"} | environment
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     return done.returncode, (tree / "ran").read_text().splitlines(), done.stdout + done.stderr
 
 
@@ -46,11 +49,8 @@ def test_ci_runs_the_gates_a_share_that_it_names_and_make_test_last(tree):
 
 
 def test_the_share_of_a_day_is_one_of_seven(tree):
-    fake = tree / "date"
-    fake.write_text('#!/bin/sh\n[ "$*" = "-u +%u" ] && echo "$DAY"\n')
-    fake.chmod(0o755)
-    path = f"{tree}:{os.environ['PATH']}"
-    days = [run(tree, "bash", ".ci/run", PATH=path, DAY=str(day))[1][1] for day in range(1, 8)]
+    program(tree / ".venv" / "bin" / "date", '[ "$*" = "-u +%u" ] && echo "$DAY"\n')
+    days = [run(tree, "bash", ".ci/run", DAY=str(day))[1][1] for day in range(1, 8)]
     assert days == [f"test.sh --share {k}/7" for k in range(1, 8)]
 
 
