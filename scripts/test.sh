@@ -38,9 +38,9 @@ step() {
 export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 
 # A process for each core, at most four; each takes whole files, so that what a file's tests share is made once and the
-# cells of a notebook meet one kernel.
+# cells of a notebook meet one kernel; in the order of the files, for the dear ones have few tests.
 pytest() {
-    "$python" -m pytest -q --durations=10 -n logical --maxprocesses 4 --dist loadfile "$@"
+    "$python" -m pytest -q --durations=10 -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 }
 
 # One pytest for both, so that one closing line counts all. --nbval-lax runs every cell and fails on an exception;

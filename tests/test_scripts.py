@@ -63,7 +63,7 @@ def test_a_part_of_ci_that_fails_is_named_and_the_others_run(tree, failing):
 
 def options(line: str) -> str:
     """What pytest was told to select, of a line that the stand-in for Python wrote."""
-    return line.partition("-m pytest ")[2].partition("--dist loadfile ")[2]
+    return line.partition("-m pytest ")[2].partition("--no-loadscope-reorder ")[2]
 
 
 def test_make_test_checks_form_and_types_then_runs_tests_and_notebooks_in_one_pytest(tree):
