@@ -15,7 +15,7 @@ help: ## this list
 demo: ## a trained MoE model talks with 25% of its experts resident
 	@sh scripts/demo.sh
 
-test: ## ruff, mypy, pytest, notebooks: what CI runs
+test: ## ruff, mypy, pytest, notebooks: at most eight minutes of two cores
 	@sh scripts/test.sh
 
 test-all: ## the same with the slow tests: about an hour and a half of one core
