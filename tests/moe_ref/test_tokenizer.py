@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from moe_ref.tokenizer import (
     byte_characters,
     load_tokenizer,
 )
+from tests.effort import little_computing
 
 GOLDEN = SHARED / "data/golden"
 TRAINED = SHARED / "data/trained"
@@ -98,9 +98,8 @@ def trained() -> Tokenizer:
 
 def test_trained_model_cuts_its_held_out_text_into_31497_tokens_quickly(trained: Tokenizer) -> None:
     text = (TRAINED / "valid.txt").read_bytes().decode("utf-8")
-    start = time.perf_counter()
-    ids = trained.encode(text, add_special=False, parse_special=False)
-    assert time.perf_counter() - start < 1.0, "100 KB should take well under a second"
+    with little_computing(10):
+        ids = trained.encode(text, add_special=False, parse_special=False)
     assert len(ids) == 31497
     assert trained.decode(ids) == text
 
@@ -391,9 +390,8 @@ def test_surrogate_pairs_are_joined_and_lone_ones_become_the_replacement_charact
 @pytest.mark.parametrize("unit", ["a", "A", " ", "1", "\n", "!", "\0", "é"])
 def test_a_long_run_takes_time_in_proportion(pre: str, unit: str) -> None:
     mine = TINY.setdefault(pre, tokenizer(pre, add_bos_token=False))
-    start = time.perf_counter()
-    assert mine.decode(mine.encode(unit * 60_000 + "\x01")) == unit * 60_000 + "\x01"
-    assert time.perf_counter() - start < 5, "0.1 s when written; much more if a pattern backtracks over the run"
+    with little_computing(10):  # much more if a pattern backtracks over the run
+        assert mine.decode(mine.encode(unit * 60_000 + "\x01")) == unit * 60_000 + "\x01"
 
 
 @pytest.mark.slow
