@@ -40,6 +40,7 @@ SAME = ("block_count", "embedding_length")  # the tensors say these, and everyth
 TOKENS = np.random.default_rng(5).integers(0, 300, 48).tolist()
 CHOICES = {"rope.scaling.type": ("none", "linear", "yarn", "longrope", "", "dynamic"), "expert_gating_func": range(6)}
 SHOWN = ("verdict", "model", "change", "error", "warning", "ours", "llama.cpp")
+OF_SOME_LAYERS = ("rope.freq", "rope.scal", "swa", "sliding")  # recorded even where nothing changes
 IDS = slice(0, None, 48)  # whose logits at the last position are recorded
 U, F = np.uint32, np.float32
 ADDED: dict[str, tuple[Any, ...]] = {
@@ -245,7 +246,8 @@ def recorded(records: list[dict[str, Any]]) -> str:
     """What tests compare with: by model, the change and llama.cpp's logits, or null where both refuse."""
     models: dict[str, list[Any]] = {}
     for r in records:
-        if r["verdict"] == "both refuse" or (r["verdict"] == "agree" and (r["moved"] or not r["change"])):
+        kept = r["moved"] or not r["change"] or any(text in key for key in r["change"] for text in OF_SOME_LAYERS)
+        if r["verdict"] == "both refuse" or (r["verdict"] == "agree" and kept):
             models.setdefault(r["model"], []).append([r["change"], r["logits"] or None, r["allowed"]])
     lines = [f'"{m}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]" for m, rows in models.items()]
     return "{\n" + f'"tokens": {TOKENS},\n' + ",\n".join(lines) + "\n}\n"
