@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
+
+from moe_ref import interrupts
+
+if __name__ == "__main__":
+    interrupts.watch()  # before anything large is imported
 
 # One BLAS thread, unless asked otherwise: most matrices here are small, and threads that share busy cores wait for
 # each other ten times as long as they work. NumPy reads this when it is imported, so it stands before that.
@@ -195,4 +199,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.run(main)

@@ -15,8 +15,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
+
+from moe_ref.interrupts import EXIT_CODE, open_standard_streams, undoing
 
 
 class RequestError(ValueError):
@@ -25,6 +28,7 @@ class RequestError(ValueError):
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse ``argv`` and call its ``run``; a mistake becomes one line on stderr and exit code 2, failed work 1."""
+    open_standard_streams()
     args = parser.parse_args(argv)
     if getattr(args, "model", "") is None:
         return _complain("no model: give a GGUF file, as MODEL or -m MODEL", 2)
@@ -36,15 +40,14 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(f"warning: {message}")
             code = args.run(args) or 0
-        if sys.stdout is not None:  # None where the caller closed it
-            sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
+        sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
         return code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         _drop_stdout()
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return EXIT_CODE
     except MemoryError as error:
         return _complain(f"out of memory: {error or 'use a smaller cache, context or model'}", 1)
     except ValueError as error:  # GGUFError, ConfigError, FormatError, TokenizerError, RequestError, …
@@ -58,8 +61,8 @@ def _drop_stdout() -> None:
     """What is still buffered goes to where it can be written, lest the interpreter complain about it when it ends."""
     try:
         sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -117,12 +120,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise RequestError(f"{target}: cannot be written: {error.strerror}") from error
     try:
-        with naming_full_disk(path), os.fdopen(handle, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
+        with undoing(partial(os.unlink, temporary)):
+            with naming_full_disk(path), os.fdopen(handle, "wb") as out:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from moe_cupy.lab.simulator import Outcome, simulate
 from moe_cupy.lab.trace import RouteTrace, read_trace
 from moe_cupy.prefetch import PREFETCHERS, NextGate, Prefetcher
 from moe_cupy.prefetch.routes import ScoreDepth
+from moe_ref.interrupts import undoing
 
 ADMIT = "-admit"  # after a policy's name: newcomers need not stay
 OFFLINE = ("static", "belady", "belady-admit")  # know more than a cache can
@@ -152,5 +155,11 @@ def run_all(
     if processes == 1 or len(todo) < 4:
         yield from (run(job, policies) for job in todo)
         return
-    with ProcessPoolExecutor(processes) as pool:
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
+    with ProcessPoolExecutor(processes, initializer=ignore) as pool, undoing(_end_workers):
         yield from pool.map(partial(run, policies=policies), todo)
+
+
+def _end_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
