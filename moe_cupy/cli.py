@@ -25,12 +25,14 @@ from moe_ref.command import (
     add_model,
     add_prompt,
     add_sampling,
+    counted,
     note,
     number,
     print_json,
     prompt_text,
     read_text,
     run_command,
+    sampler_of,
     token_list,
     whole_file,
 )
@@ -74,13 +76,14 @@ def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 def open_engine(args: argparse.Namespace) -> Any:
     """The engine that the flags describe; says on stderr which device and placement were chosen."""
     from moe_cupy.engine import Engine, Options
+    from moe_cupy.engine.spelling import flags
     from moe_cupy.numba_cache import compilation_told
 
     for line in placement_lines(args):
         note(line)
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
-    with compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
+    with flags(), compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
         engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
     note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
     if args.verbose:
@@ -94,18 +97,18 @@ def open_engine(args: argparse.Namespace) -> Any:
         from moe_cupy.device.host import usable_cores
 
         if args.threads > usable_cores():
-            note(f"-t {args.threads}: there are {usable_cores()} cores; more threads than that are slower")
+            cores = counted(usable_cores(), "core")
+            note(f"-t {args.threads}: this machine has {cores}; more threads than that are slower")
     return engine
 
 
 def cmd_run(args: argparse.Namespace) -> None:
     """Text as it comes, then placement, tok/s, hits, bytes and stalls."""
     from moe_cupy.tools.report import side_by_side
-    from moe_ref.sampling import Sampler
     from moe_ref.split import open_model
     from moe_ref.tokenizer import StreamDecoder
 
-    sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    sampler = sampler_of(args)
     with open_model(args.model) as file:  # a mistake in the prompt is told before a large model is loaded
         text = prompt_text(args, file.metadata)
     with open_engine(args) as engine:
@@ -124,10 +127,10 @@ def cmd_run(args: argparse.Namespace) -> None:
         if args.json:
             from moe_cupy.tools.bench import Result, Test, as_record
 
-            ns = max(1, int(1e9 * stats.generated_seconds))
-            record = as_record(engine, Result(Test(0, stats.generated_tokens), (ns,), stats), warm=False)
+            ns = max(1, int(1e9 * stats.decoded_seconds))
+            record = as_record(engine, Result(Test(0, stats.decoded_tokens), (ns,), stats), warm=False)
             made_text = engine.tokenizer.decode(made, continues=True)
-            print_json(record | {"n_prompt": len(ids), "text": made_text, "tokens": made})
+            print_json(record | {"n_gen": len(made), "n_prompt": len(ids), "text": made_text, "tokens": made})
         else:
             print("\n" + side_by_side([("", stats)]))
 
@@ -175,10 +178,10 @@ def cmd_bench(args: argparse.Namespace) -> None:
     from moe_cupy.tools import bench
 
     tests = bench.tests_of(args.n_prompt, args.n_gen, [bench.Test(*pair) for pair in args.pg], args.n_depth)
-    if not tests or args.repetitions < 1:
-        raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0, and -r of at least 1")
+    if not tests or [0, 0] in args.pg:
+        raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0")
     args.ctx_size = args.ctx_size or max(test.context for test in tests)
-    given = token_list(args.tokens if "," in args.tokens else "@" + args.tokens) if args.tokens else None
+    given = bench.given_tokens(args.tokens) if args.tokens else None
     records = []
     for threads in args.threads or [None]:
         with open_engine(argparse.Namespace(**{**vars(args), "threads": threads})) as engine:
@@ -260,7 +263,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("-n", "--n-gen", type=_counts, default=[128], help="generation tests, e.g. 128")
     bench.add_argument("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
     bench.add_argument("-d", "--n-depth", type=_counts, default=[0], help="tokens in the context before, e.g. 0,4096")
-    bench.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions (default 5)")
+    bench.add_argument("-r", "--repetitions", type=number(1, 10**6), default=5, help="repetitions (default 5)")
     bench.add_argument("-o", "--output", choices=["md", "json", "jsonl"], default="md")
     bench.add_argument("--tokens", help="feed these ids: a file, or 1,2,3")
     bench.add_argument("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
@@ -286,7 +289,7 @@ def build_parser() -> argparse.ArgumentParser:
     logits.add_argument("-o", "--output", required=True, help="file to write")
     ppl = command("perplexity", cmd_perplexity)
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
-    ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
+    ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")

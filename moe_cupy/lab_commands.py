@@ -11,6 +11,7 @@ from moe_ref.command import (
     RequestError,
     add_model,
     check_writable,
+    decimal,
     note,
     number,
     print_json,
@@ -200,16 +201,6 @@ def _capacities(text: str) -> list[float]:
     return list(dict.fromkeys(shares))
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text[:40]!r}")
-    return value
-
-
 def add_replay(commands: Any) -> None:
     """``replay``."""
     sub = commands.add_parser("replay", help=cmd_replay.__doc__, description=cmd_replay.__doc__)
@@ -223,12 +214,27 @@ def add_replay(commands: Any) -> None:
     add("--tokens", type=number(1), help="replay only the first N tokens")
     add("--profile", metavar="TRACE", help="chooses the set of the policy static (default: the trace itself)")
     add("--expert-bytes", type=number(1), help="bytes of one expert (default: by the model's name)")
-    add("--link-gbs", type=_positive, default=50.0, help="GB/s of host to device copies (default 50: PCIe 5.0 x16)")
-    add("--link-us", type=_positive, default=10.0, help="latency of a copy in us (default 10)")
-    add("--attention-us", type=_positive, default=60.0, help="a layer without its experts in us (default 60)")
-    add("--device-gbs", type=_positive, default=960.0, help="GB/s of device memory (default 960)")
-    add("--host", type=_positive, default=100.0, help="%% of the experts that host memory holds (default 100)")
-    add("--disk-gbs", type=_positive, default=6.0, help="GB/s of the disk behind it (default 6)")
+    add(
+        "--link-gbs",
+        type=decimal(1e6, above=True),
+        default=50.0,
+        help="GB/s of host to device copies (default 50: PCIe 5.0 x16)",
+    )
+    add("--link-us", type=decimal(1e6, above=True), default=10.0, help="latency of a copy in us (default 10)")
+    add(
+        "--attention-us",
+        type=decimal(1e6, above=True),
+        default=60.0,
+        help="a layer without its experts in us (default 60)",
+    )
+    add("--device-gbs", type=decimal(1e6, above=True), default=960.0, help="GB/s of device memory (default 960)")
+    add(
+        "--host",
+        type=decimal(100, above=True),
+        default=100.0,
+        help="%% of the experts that host memory holds (default 100)",
+    )
+    add("--disk-gbs", type=decimal(1e6, above=True), default=6.0, help="GB/s of the disk behind it (default 6)")
     add("--jobs", type=number(1), help="processes (default: one a core)")
     add("--report", metavar="FILE", help="also write .html, or .md with pictures beside it")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")

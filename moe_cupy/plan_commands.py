@@ -24,9 +24,10 @@ from moe_cupy.plan.report import as_json, no_plan, tensor_lines, text
 from moe_cupy.plan.rules import Override, cpu_moe, gpu_layers, n_cpu_moe, parse_overrides
 from moe_cupy.plan.shapes import Model, from_file, preset
 from moe_cupy.plan.tables import DoesNotFit, table
-from moe_ref.command import add_model, note, number, print_json, read_text
+from moe_ref.command import add_model, decimal, note, number, print_json, read_text
 
 DEFAULT_HARDWARE = "rtx5080-128g"
+MOST_GB = 1e6  # of memory, and of its bandwidth a second
 WAYS: dict[str, Any] = {"cache": cached_plan, "static": best_static}  # of --mode
 SUMMARY = "Where every tensor goes, how fast it will be and why, what would help, and the equivalent commands."
 
@@ -68,9 +69,9 @@ def add_plan(commands: Any) -> None:
     add = sub.add_argument
     add("--quant", help="quantization of a preset, such as Q4_K_M")
     add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
-    add("--vram", type=positive, metavar="GIB", help="memory of the GPU; 0: no GPU")
-    add("--ram", type=above_zero, metavar="GB", help="host memory")
-    add("--ram-bw", type=above_zero, metavar="GB/S", help="its bandwidth")
+    add("--vram", type=decimal(MOST_GB), metavar="GIB", help="memory of the GPU; 0: no GPU")
+    add("--ram", type=decimal(MOST_GB, above=True), metavar="GB", help="host memory")
+    add("--ram-bw", type=decimal(MOST_GB, above=True), metavar="GB/S", help="its bandwidth")
     add("--pcie", help="link such as 4x16")
     add("--cores", type=number(1, 4096), help="cores that compute")
     add("-c", "--ctx-size", type=number(0), default=None, help="context; 0: the model's own")
@@ -90,25 +91,6 @@ def add_plan(commands: Any) -> None:
     add("--from-command", metavar="LINE", help="explain a llama-server line (@FILE reads it from a file)")
     add("--plot", metavar="PNG", help="predicted speed against cache size, as a picture")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
-
-
-def positive(text: str) -> float:
-    """For argparse's ``type``: a number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, found {text[:40]!r}") from None
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: expected at least 0")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """For argparse's ``type``: a number above 0."""
-    value = positive(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: expected a number above 0")
-    return value
 
 
 def cmd_plan(args: argparse.Namespace) -> None:

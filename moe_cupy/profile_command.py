@@ -105,7 +105,7 @@ def decode(path: Path, cache: str, threads: int, act: str, watched: bool = False
         for token in range(WARM, TOKENS):
             engine.decode(token)
         stats = engine.stats
-    return Run(model, stats.generated_seconds / stats.generated_tokens, stats.misses / stats.generated_tokens)
+    return Run(model, 1 / stats.decode_tok_s, stats.misses / stats.decoded_tokens)
 
 
 def measure(folder: str) -> dict[str, dict[str, dict[str, Any]]]:

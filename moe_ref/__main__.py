@@ -24,11 +24,13 @@ from moe_ref.command import (
     add_rounding,
     add_sampling,
     note,
+    number,
     print_json,
     prompt_text,
     read_text,
     refuse_same_file,
     run_command,
+    sampler_of,
     token_list,
     whole_file,
 )
@@ -90,7 +92,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     ids = tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
     if not ids or len(ids) > model.config.context_length:
         raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{model.config.context_length}")
-    sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    sampler = sampler_of(args)
     decoder, made = StreamDecoder(tokenizer), []
     print(text, end="", flush=True)
     for token in continuation(model, ids, args.predict, sampler, tokenizer.eog_ids):
@@ -182,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling(generate)
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
     ppl.add_argument("-c", "--ctx-size", type=int, default=256, help="tokens of a chunk (default 256)")
-    ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
+    ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     source = tokenize.add_mutually_exclusive_group(required=True)
     source.add_argument("-p", "--prompt", help="text")
     source.add_argument("-f", "--file", help="UTF-8 file")

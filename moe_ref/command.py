@@ -21,6 +21,8 @@ from typing import IO, Any
 
 from moe_ref.interrupts import EXIT_CODE, open_standard_streams, undoing
 
+LARGEST = 2**31 - 1  # whole number of a flag, where nothing smaller bounds it
+
 
 class RequestError(ValueError):
     """A request that cannot be met as it stands; the message says what to do."""
@@ -165,6 +167,11 @@ def _umask() -> int:
     return mask
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """1 token, 2 tokens; ``many`` where it is not ``one`` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def token_list(text: str) -> list[int]:
     """``1,2,3`` -> [1, 2, 3]; ``@FILE`` reads ids separated by commas or white space from a file."""
     if text.startswith("@"):
@@ -186,15 +193,31 @@ def read_text(path: str) -> str:
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """For argparse's ``type``: a whole number within bounds."""
+    """For argparse's ``type``: a whole number within bounds, at most LARGEST."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a whole number, found {text[:40]!r}") from None
-        if value < least or (most is not None and value > most):
-            accepted = f"at least {least}" if most is None else f"{least} to {most}"
+        if not least <= value <= (LARGEST if most is None else most):
+            accepted = f"at least {least}" if most is None and value < least else f"{least} to {most or LARGEST}"
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {accepted}")
+        return value
+
+    return parse
+
+
+def decimal(most: float, above: bool = False) -> Callable[[str], float]:
+    """For argparse's ``type``: a number from 0 (``above``: more than 0) to ``most``."""
+
+    def parse(text: str) -> float:
+        accepted = f"a number above 0, up to {most:g}" if above else f"a number from 0 to {most:g}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {accepted}, found {text[:40]!r}") from None
+        if not 0 <= value <= most or (above and not value):
             raise argparse.ArgumentTypeError(f"{text[:40]}: expected {accepted}")
         return value
 
@@ -225,6 +248,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="keep this much probability (default 0.95)")
     parser.add_argument("--min-p", type=float, default=0.05, help="drop below this share of the best (default 0.05)")
     parser.add_argument("-s", "--seed", type=int, default=-1, help="-1 takes a new one each run (default)")
+
+
+def sampler_of(args: argparse.Namespace) -> Any:
+    """The Sampler that the flags of ``add_sampling`` describe. Raises RequestError, which names the flag."""
+    from moe_ref.sampling import Sampler, SamplingError
+
+    try:
+        return Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    except SamplingError as error:
+        raise RequestError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def add_rounding(parser: argparse.ArgumentParser) -> None:
