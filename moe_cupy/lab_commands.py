@@ -56,7 +56,7 @@ def _record_reference(args: argparse.Namespace) -> Any:
 
 def _record_engine(args: argparse.Namespace) -> Any:
     from moe_cupy.engine import Engine
-    from moe_cupy.lab.record import Recorder
+    from moe_cupy.lab.record import Recorder, expert_bytes_in
     from moe_ref.attention import softmax
 
     with Engine(args.model, prefetch="next-gate" if args.ahead else "none") as engine:
@@ -79,7 +79,7 @@ def _record_engine(args: argparse.Namespace) -> Any:
             for _ in range(args.predict):
                 logits = engine.decode(int(logits.argmax()))
                 recorder.end_pass(generated=True)
-        return recorder.trace(source="moe_cupy", model=Path(engine.file.path).name)
+        return recorder.trace(source="moe_cupy", model=Path(engine.file.path).name, **expert_bytes_in(engine.file))
 
 
 def cmd_info(args: argparse.Namespace) -> None:
@@ -172,6 +172,8 @@ def cmd_replay(args: argparse.Namespace) -> None:
         rows.append(row)
         note(f"{len(rows)}/{len(todo)} {row['routes']} {row['capacity']:g} {row['policy']} + {row['prefetch']}: "
              f"{100 * row['hit_rate']:.2f}%")  # fmt: skip
+    for line in [] if args.expert_bytes else runs.assumed_sizes(args.routes):
+        note(line)
     if args.report:
         _write_report(args, rows)
     if args.json:
@@ -213,7 +215,7 @@ def add_replay(commands: Any) -> None:
     add("--scope", choices=["global", "layer"], default="global", help="one pool, or one a layer (default global)")
     add("--tokens", type=number(1), help="replay only the first N tokens")
     add("--profile", metavar="TRACE", help="chooses the set of the policy static (default: the trace itself)")
-    add("--expert-bytes", type=number(1), help="bytes of one expert (default: by the model's name)")
+    add("--expert-bytes", type=number(1), help="bytes of one expert (default: by the trace or its model's name)")
     add(
         "--link-gbs",
         type=decimal(1e6, above=True),

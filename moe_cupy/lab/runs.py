@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_cupy.cache import POLICIES, Geometry, Policy
 from moe_cupy.lab.belady import knowing
-from moe_cupy.lab.machine import Machine, expert_bytes_of
+from moe_cupy.lab.machine import Machine, expert_size
 from moe_cupy.lab.replay import make_caches, slots_of
 from moe_cupy.lab.simulator import Outcome, simulate
 from moe_cupy.lab.trace import RouteTrace, read_trace
@@ -82,7 +82,7 @@ def predictor_of(job: Job, trace: RouteTrace, expert_bytes: int) -> tuple[Prefet
 def run(job: Job, policies: Policies = POLICIES) -> dict[str, Any]:
     """One row of results; ``policies`` are the causal ones by name."""
     trace = _trace(job.routes, job.tokens)
-    size = job.expert_bytes or expert_bytes_of(trace.meta)
+    size = job.expert_bytes or expert_size(trace.meta, trace.n_experts).nbytes
     slots = slots_of(trace, job.capacity)
     caches = make_caches(trace, policy_of(job, policies), slots, job.scope, job.policy.endswith(ADMIT))
     predictor, early = predictor_of(job, trace, size)
@@ -141,6 +141,15 @@ def jobs(routes: Sequence[str], policy: str, prefetch: str, capacities: Sequence
             wanted += [(limit, f) for limit in LIMITS for f in ("none", *knowing_all)]
             made += [Job(path, p, f, capacity, **same) for p, f in dict.fromkeys(wanted)]
     return made
+
+
+def assumed_sizes(routes: Sequence[str]) -> Iterator[str]:
+    """A line for each trace: how many bytes an expert is taken to have, where --expert-bytes does not say it."""
+    for path in routes:
+        trace = _trace(path, None)
+        size = expert_size(trace.meta, trace.n_experts)
+        line = f"{Path(path).name}: {size.nbytes / 2**20:.2f} MiB an expert, {size.source}"
+        yield line if size.is_known else f"warning: {line}: bytes and stalls follow from it; --expert-bytes N says it"
 
 
 def run_all(
