@@ -181,7 +181,7 @@ def cmd_bench(args: argparse.Namespace) -> None:
     if not tests or [0, 0] in args.pg:
         raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0")
     args.ctx_size = args.ctx_size or max(test.context for test in tests)
-    given = bench.given_tokens(args.tokens) if args.tokens else None
+    given = bench.given_tokens(args.tokens) if args.tokens is not None else None
     records = []
     for threads in args.threads or [None]:
         with open_engine(argparse.Namespace(**{**vars(args), "threads": threads})) as engine:

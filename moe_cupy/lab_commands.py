@@ -35,7 +35,7 @@ def cmd_record(args: argparse.Namespace) -> None:
 
 
 def _prompts(args: argparse.Namespace, tokenizer: Callable[[], Any]) -> list[list[int]]:
-    if args.tokens:
+    if args.tokens is not None:
         return [token_list(args.tokens)]
     texts = [args.prompt] if args.prompt is not None else read_text(args.file).split(args.split or "\0")
     encoded = [tokenizer().encode(text, add_special=True, parse_special=True) for text in texts if text]
@@ -218,25 +218,25 @@ def add_replay(commands: Any) -> None:
     add("--expert-bytes", type=number(1), help="bytes of one expert (default: by the trace or its model's name)")
     add(
         "--link-gbs",
-        type=decimal(1e6, above=True),
+        type=decimal(0.001, 1e6),
         default=50.0,
         help="GB/s of host to device copies (default 50: PCIe 5.0 x16)",
     )
-    add("--link-us", type=decimal(1e6, above=True), default=10.0, help="latency of a copy in us (default 10)")
+    add("--link-us", type=decimal(0.001, 1e6), default=10.0, help="latency of a copy in us (default 10)")
     add(
         "--attention-us",
-        type=decimal(1e6, above=True),
+        type=decimal(0.001, 1e6),
         default=60.0,
         help="a layer without its experts in us (default 60)",
     )
-    add("--device-gbs", type=decimal(1e6, above=True), default=960.0, help="GB/s of device memory (default 960)")
+    add("--device-gbs", type=decimal(0.001, 1e6), default=960.0, help="GB/s of device memory (default 960)")
     add(
         "--host",
-        type=decimal(100, above=True),
+        type=decimal(0.001, 100),
         default=100.0,
         help="%% of the experts that host memory holds (default 100)",
     )
-    add("--disk-gbs", type=decimal(1e6, above=True), default=6.0, help="GB/s of the disk behind it (default 6)")
+    add("--disk-gbs", type=decimal(0.001, 1e6), default=6.0, help="GB/s of the disk behind it (default 6)")
     add("--jobs", type=number(1), help="processes (default: one a core)")
     add("--report", metavar="FILE", help="also write .html, or .md with pictures beside it")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")

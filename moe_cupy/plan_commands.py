@@ -69,9 +69,9 @@ def add_plan(commands: Any) -> None:
     add = sub.add_argument
     add("--quant", help="quantization of a preset, such as Q4_K_M")
     add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
-    add("--vram", type=decimal(MOST_GB), metavar="GIB", help="memory of the GPU; 0: no GPU")
-    add("--ram", type=decimal(MOST_GB, above=True), metavar="GB", help="host memory")
-    add("--ram-bw", type=decimal(MOST_GB, above=True), metavar="GB/S", help="its bandwidth")
+    add("--vram", type=decimal(0, MOST_GB), metavar="GIB", help="memory of the GPU; 0: no GPU")
+    add("--ram", type=decimal(0.001, MOST_GB), metavar="GB", help="host memory")
+    add("--ram-bw", type=decimal(0.001, MOST_GB), metavar="GB/S", help="its bandwidth")
     add("--pcie", help="link such as 4x16")
     add("--cores", type=number(1, 4096), help="cores that compute")
     add("-c", "--ctx-size", type=number(0), default=None, help="context; 0: the model's own")
@@ -196,11 +196,11 @@ def machine_of(args: argparse.Namespace) -> Machine:
     machine = replace(machine, **{name: value for name, value in changed.items() if value})
     if args.vram == 0:
         return replace(machine, gpu=None, name=f"{machine.name} without GPU")
-    if (args.vram or args.pcie) and machine.gpu is None:
+    if (args.vram or args.pcie is not None) and machine.gpu is None:
         raise PlanError(f"--vram, --pcie: {machine.name} has no GPU; name one with --hardware, such as rtx5080-128g")
     if args.vram and machine.gpu:
         machine = replace(machine, gpu=replace(machine.gpu, vram_bytes=int(args.vram * 2**30)))
-    if args.pcie and machine.gpu:
+    if args.pcie is not None and machine.gpu:
         pcie_bytes_s(args.pcie)
         machine = replace(machine, gpu=replace(machine.gpu, pcie=args.pcie, link_measured=0.0))
     return machine

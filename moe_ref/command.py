@@ -208,17 +208,16 @@ def number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def decimal(most: float, above: bool = False) -> Callable[[str], float]:
-    """For argparse's ``type``: a number from 0 (``above``: more than 0) to ``most``."""
+def decimal(least: float, most: float) -> Callable[[str], float]:
+    """For argparse's ``type``: a number within bounds."""
 
     def parse(text: str) -> float:
-        accepted = f"a number above 0, up to {most:g}" if above else f"a number from 0 to {most:g}"
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {accepted}, found {text[:40]!r}") from None
-        if not 0 <= value <= most or (above and not value):
-            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {accepted}")
+            raise argparse.ArgumentTypeError(f"expected a number, found {text[:40]!r}") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {least:g} to {most:,.0f}")
         return value
 
     return parse

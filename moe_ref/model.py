@@ -64,6 +64,9 @@ class Model:
     ``act`` "q8" multiplies as llama.cpp's CPU kernels do, with activations rounded for each matrix (quants/dots.py);
     ``cache_type_k`` and ``cache_type_v`` are those of keys and values (kv_types.py). All float32 by default.
     Raises GGUFError, ConfigError or FormatError for a file that cannot be run, ValueError for an option's value.
+
+    >>> Model("data/moe-40m-Q4_K_M.gguf").logits([346, 533]).shape
+    (2, 4096)
     """
 
     absorb_mla = True  # how multi-head latent attention is computed (mla.py); the result is the same

@@ -22,6 +22,12 @@ class Sampler:
 
     ``temp`` <= 0 takes the largest logit; ``top_k`` <= 0, ``top_p`` 1 and ``min_p`` 0 switch a filter off; ``seed`` -1
     is a different sequence every time, any other the same one.
+
+    >>> Sampler().sample(np.array([0.1, 2.0, 0.3]))
+    1
+    >>> ids, probabilities = Sampler(temp=1, top_k=2).distribution(np.log([0.1, 0.6, 0.3]))
+    >>> ids, probabilities.round(3)
+    (array([1, 2]), array([0.667, 0.333]))
     """
 
     temp: float = 0.0

@@ -46,7 +46,8 @@ class Engine(Counted):
     """A model ready to run. Use as a context manager, or ``close`` it; a thread at a time, in one process.
 
     >>> with Engine("data/moe-40m-Q4_K_M.gguf", cache="25%") as engine:
-    ...     print("".join(engine.generate("The king", max_tokens=4)))
+    ...     print("The king" + "".join(engine.generate("The king", max_tokens=8)))
+    The king of Sodom, the king of
 
     ``cache`` bounds the routed experts that are resident over all layers; ``Options`` says what the keywords mean.
     Raises ValueError for a keyword's value that cannot be, GGUFError, ConfigError or FormatError for a file that cannot
@@ -115,9 +116,11 @@ class Engine(Counted):
 
         Raises what ``generate_tokens`` raises.
 
-        >>> engine = Engine("data/moe-40m-Q4_K_M.gguf")
-        >>> "".join(engine.generate("The king", max_tokens=4, sampler=Sampler(temp=0.8, seed=1)))
-        >>> engine.close()
+        >>> with Engine("data/moe-40m-Q4_K_M.gguf") as engine:
+        ...     for piece in engine.generate("Once upon", 8, Sampler(temp=0.8, seed=1)):
+        ...         print(piece, end="")
+         thee!
+        What art thou so?
         """
         return self._pieces(self.generate_tokens(prompt, max_tokens, sampler))
 
@@ -175,7 +178,12 @@ class Engine(Counted):
             offer = self._offer(self._checked([token]), sampler, is_prompt=False)
 
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s."""
+        """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s.
+
+        >>> with Engine("data/moe-40m-Q4_K_M.gguf") as engine:
+        ...     engine.logits(engine.encode("The king")).shape
+        (2, 4096)
+        """
         self.reset()
         ids = self._checked(tokens)
         step = self._step

@@ -91,7 +91,7 @@ class Options:
         for name in ("direct_io", "progress"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise ValueError(f"{name}: {shown(getattr(self, name))}, expected True or False")
-        if not isinstance(self.store, str | os.PathLike | None):
+        if not isinstance(self.store, str | os.PathLike | None) or self.store == "":
             raise ValueError(f"store: {shown(self.store)}, expected a path")
         ngl = self.n_gpu_layers
         if not isinstance(ngl, str | int | np.integer | None) or isinstance(ngl, bool):

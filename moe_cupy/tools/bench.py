@@ -70,7 +70,7 @@ def tests_of(prompts: Sequence[int], gens: Sequence[int], pairs: Sequence[Test],
 def given_tokens(text: str) -> list[int]:
     """Ids of --tokens: a file, or 1,2,3. Raises RequestError for neither."""
     named = text.removeprefix("@")
-    if os.path.exists(named) or text != named:
+    if os.path.isfile(named) or text != named:
         return token_list("@" + named)
     if not text.replace(",", " ").strip().isdecimal() and "," not in text:
         raise RequestError(f"--tokens {text[:60]}: no such file, and no ids such as 1,2,3")
