@@ -1,8 +1,7 @@
 """Ctrl-C at random moments of a command: exit code, time to the end, what was said, and whether the next run works.
 
 ``python benchmarks/interrupts.py [-n 200] [--which warm cold reference]``. *Cold* begins each time with an empty cache
-of compiled kernels, *warm* with a full one; *reference* is ``moe_ref``. The moments are even from --first to the time
-that a whole run takes. A moment counts as *early* if Python had not yet reached the package's first line: what
+of compiled kernels, *warm* with a full one; *reference* is ``moe_ref``. The moments are even from --first to --last. A moment counts as *early* if Python had not yet reached the package's first line: what
 Python does then (a traceback, or death by the signal) no program can change.
 """
 
@@ -78,9 +77,9 @@ def tried(which: str, args: argparse.Namespace) -> list[Ended]:
     """All moments of one kind; a run that had ended by itself is left out."""
     found, draw = [], random.Random(args.seed)
     with tempfile.TemporaryDirectory() as warm:
-        lasts = whole(which, warm)[0]
         if which != "cold":
-            lasts = whole(which, warm)[0]
+            whole(which, warm)  # compiles, so that the next does not
+        lasts = args.last or whole(which, warm)[0]
         moments = [args.first + (lasts - args.first) * (i + draw.random()) / args.number for i in range(args.number)]
         for i, moment in enumerate(moments):
             with tempfile.TemporaryDirectory() as empty:
@@ -107,6 +106,7 @@ def main() -> int:
     parser.add_argument("-n", "--number", type=int, default=200, help="moments of each kind (default 200)")
     parser.add_argument("--which", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     parser.add_argument("--first", type=float, default=0.05, help="the first moment, in seconds (default 0.05)")
+    parser.add_argument("--last", type=float, help="the last moment (default: what a whole run takes)")
     parser.add_argument("--next-every", type=int, default=10, help="cold: run again after each N-th (default 10)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

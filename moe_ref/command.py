@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from moe_ref.interrupts import EXIT_CODE, open_standard_streams, undoing
 
-LARGEST = 2**31 - 1  # whole number of a flag, where nothing smaller bounds it
+LARGEST = 10**12  # whole number of a flag, where nothing smaller bounds it
 
 
 class RequestError(ValueError):
