@@ -1,8 +1,9 @@
 """Ctrl-C at random moments of a command: exit code, time to the end, what was said, and whether the next run works.
 
 ``python benchmarks/interrupts.py [-n 200] [--which warm cold reference]``. *Cold* begins each time with an empty cache
-of compiled kernels, *warm* with a full one; *reference* is ``moe_ref``. The moments are even from --first to --last. A moment counts as *early* if Python had not yet reached the package's first line: what
-Python does then (a traceback, or death by the signal) no program can change.
+of compiled kernels, *warm* with a full one; *reference* is ``moe_ref``. The moments are even from --first to --last. A
+moment counts as *early* if Python had not yet reached the package's first line: what Python does then (a traceback, or
+death by the signal) no program can change.
 """
 
 from __future__ import annotations
