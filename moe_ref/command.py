@@ -217,7 +217,8 @@ def decimal(least: float, most: float) -> Callable[[str], float]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a number, found {text[:40]!r}") from None
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {least:g} to {most:,.0f}")
+            above = "above 0, " if least else ""
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {above}{least:g} to {most:,.0f}")
         return value
 
     return parse

@@ -318,8 +318,8 @@ def test_the_reference_refuses_a_rounding_it_does_not_know_in_one_line(command, 
         (["bench", "-m", MODEL, "-r", str(10**30)], "-r/--repetitions: 1000000000000000000000000000000: expected 1 to"),
         (["perplexity", "-m", MODEL, "-f", VALID, "--chunks", "-5"], "--chunks: -5: expected at least 1"),
         (["plan", "qwen3-30b-a3b", "--vram", "1e30"], "--vram: 1e30: expected 0 to 1,000,000"),
-        (["plan", "qwen3-30b-a3b", "--ram", "1e-30"], "--ram: 1e-30: expected 0.001 to"),
-        (["replay", "--routes", "x", "--host", "101"], "--host: 101: expected 0.001 to 100"),
+        (["plan", "qwen3-30b-a3b", "--ram", "1e-30"], "--ram: 1e-30: expected above 0, 0.001 to"),
+        (["replay", "--routes", "x", "--host", "101"], "--host: 101: expected above 0, 0.001 to 100"),
     ],
 )
 def test_a_flag_out_of_bounds_is_refused_by_name(flags, words, capsys):
