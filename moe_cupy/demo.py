@@ -9,8 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from moe_ref.command import number, run_command
-from moe_ref.sampling import Sampler
+from moe_ref import interrupts
+
+if __name__ == "__main__":
+    interrupts.watch()
+
+from moe_ref.command import number, run_command  # noqa: E402
+from moe_ref.sampling import Sampler  # noqa: E402
 
 MODEL = Path(__file__).resolve().parent.parent / "data" / "moe-40m-Q4_K_M.gguf"
 PROMPT = "It is a truth universally acknowledged"
@@ -69,4 +74,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.run(main)
