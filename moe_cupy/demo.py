@@ -14,8 +14,8 @@ from moe_ref import interrupts
 if __name__ == "__main__":
     interrupts.watch()
 
-from moe_ref.command import number, run_command  # noqa: E402
-from moe_ref.sampling import Sampler  # noqa: E402
+from moe_ref.command import number, run_command
+from moe_ref.sampling import Sampler
 
 MODEL = Path(__file__).resolve().parent.parent / "data" / "moe-40m-Q4_K_M.gguf"
 PROMPT = "It is a truth universally acknowledged"
