@@ -22,6 +22,7 @@ from moe_ref.command import (
     add_model,
     add_prompt,
     add_sampling,
+    counted,
     note,
     number,
     print_json,
@@ -29,6 +30,7 @@ from moe_ref.command import (
     prompt_text,
     read_text,
     run_command,
+    sampler_of,
     token_list,
     whole_file,
 )
@@ -50,6 +52,7 @@ def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 def open_engine(args: argparse.Namespace) -> Any:
     """The engine that the flags describe; says on stderr which device and placement were chosen."""
     from moe_cupy.engine import Engine, Options
+    from moe_cupy.engine.spelling import flags
     from moe_cupy.numba_cache import compilation_told
     from moe_cupy.plan_commands import placement_lines
 
@@ -58,7 +61,7 @@ def open_engine(args: argparse.Namespace) -> Any:
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
     options["ubatch_size"] = min(args.ubatch_size, args.batch_size or args.ubatch_size)  # as llama.cpp bounds it
-    with compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
+    with flags(), compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
         engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
     note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
     if args.verbose:
@@ -72,18 +75,18 @@ def open_engine(args: argparse.Namespace) -> Any:
         from moe_cupy.device.host import usable_cores
 
         if args.threads > usable_cores():
-            note(f"-t {args.threads}: there are {usable_cores()} cores; more threads than that are slower")
+            cores = counted(usable_cores(), "core")
+            note(f"-t {args.threads}: this machine has {cores}; more threads than that are slower")
     return engine
 
 
 def cmd_run(args: argparse.Namespace) -> None:
     """Text as it comes, then placement, tok/s, hits, bytes and stalls."""
     from moe_cupy.tools.report import side_by_side
-    from moe_ref.sampling import Sampler
     from moe_ref.split import open_model
     from moe_ref.tokenizer import StreamDecoder
 
-    sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    sampler = sampler_of(args)
     with open_model(args.model) as file:  # a mistake in the prompt is told before a large model is loaded
         text = prompt_text(args, file.metadata)
     with open_engine(args) as engine:
@@ -103,10 +106,10 @@ def cmd_run(args: argparse.Namespace) -> None:
         if args.json:
             from moe_cupy.tools.bench import Result, Test, as_record
 
-            ns = max(1, int(1e9 * stats.generated_seconds))
-            record = as_record(engine, Result(Test(0, stats.generated_tokens), (ns,), stats), warm=False)
+            ns = max(1, int(1e9 * stats.decoded_seconds))
+            record = as_record(engine, Result(Test(0, stats.decoded_tokens), (ns,), stats), warm=False)
             made_text = engine.tokenizer.decode(made, continues=True)
-            print_json(record | {"n_prompt": len(ids), "text": made_text, "tokens": made})
+            print_json(record | {"n_gen": len(made), "n_prompt": len(ids), "text": made_text, "tokens": made})
         else:
             print("\n" + side_by_side([("", stats)]))
 
@@ -158,10 +161,10 @@ def cmd_bench(args: argparse.Namespace) -> None:
     from moe_cupy.tools import bench
 
     tests = bench.tests_of(args.n_prompt, args.n_gen, [bench.Test(*pair) for pair in args.pg], args.n_depth)
-    if not tests or args.repetitions < 1:
-        raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0, and -r of at least 1")
+    if not tests or [0, 0] in args.pg:
+        raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0")
     args.ctx_size = args.ctx_size or max(test.context for test in tests)
-    given = token_list(args.tokens if "," in args.tokens else "@" + args.tokens) if args.tokens else None
+    given = bench.given_tokens(args.tokens) if args.tokens is not None else None
     records = []
     for threads in args.threads or [None]:
         with open_engine(argparse.Namespace(**{**vars(args), "threads": threads})) as engine:
@@ -243,7 +246,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     add("-n", "--n-gen", type=_counts, default=[128], metavar="N,…", help="generation tests (default 128)")
     add("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
     add("-d", "--n-depth", type=_counts, default=[0], metavar="N,…", help="tokens in the context before (default 0)")
-    add("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of a test")
+    add("-r", "--repetitions", type=number(1, 10**6), default=5, metavar="N", help="repetitions of a test")
     add("--tokens", metavar="IDS", help="feed these ids: a file, or 1,2,3")
     add("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
     add("-o", "--output", choices=["md", "json", "jsonl"], default="md", help="form of the results")
@@ -275,7 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
     logits.add_argument("-o", "--output", required=True, help="file to write")
     ppl = command("perplexity", cmd_perplexity)
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
-    ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
+    ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")

@@ -136,11 +136,11 @@ def machine_of(args: argparse.Namespace) -> Machine:
     machine = replace(machine, **{name: value for name, value in changed.items() if value})
     if args.vram == 0:
         return replace(machine, gpu=None, name=f"{machine.name} without GPU")
-    if (args.vram or args.pcie) and machine.gpu is None:
+    if (args.vram or args.pcie is not None) and machine.gpu is None:
         raise PlanError(f"--vram, --pcie: {machine.name} has no GPU; name one with --hardware, such as rtx5080-128g")
     if args.vram and machine.gpu:
         machine = replace(machine, gpu=replace(machine.gpu, vram_bytes=int(args.vram * 2**30)))
-    if args.pcie and machine.gpu:
+    if args.pcie is not None and machine.gpu:
         pcie_bytes_s(args.pcie)
         machine = replace(machine, gpu=replace(machine.gpu, pcie=args.pcie, link_measured=0.0))
     return machine

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
+
+from moe_ref import interrupts
+
+if __name__ == "__main__":
+    interrupts.watch()  # before anything large is imported
 
 # One BLAS thread, unless asked otherwise: most matrices here are small, and threads that share busy cores wait for
 # each other ten times as long as they work. NumPy reads this when it is imported, so it stands before that.
@@ -20,12 +24,14 @@ from moe_ref.command import (
     add_rounding,
     add_sampling,
     note,
+    number,
     print_json,
     prompt_ids,
     prompt_text,
     read_text,
     refuse_same_file,
     run_command,
+    sampler_of,
     token_list,
     whole_file,
 )
@@ -88,7 +94,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     ids = prompt_ids(args, tokenizer, text)
     if not ids or len(ids) > model.config.context_length:
         raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{model.config.context_length}")
-    sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    sampler = sampler_of(args)
     decoder, made = StreamDecoder(tokenizer), []
     print(text, end="", flush=True)
     for token in continuation(model, ids, args.predict, sampler, tokenizer.eog_ids):
@@ -180,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling(generate)
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
     ppl.add_argument("-c", "--ctx-size", type=int, default=256, help="tokens of a chunk (default 256)")
-    ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
+    ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     source = tokenize.add_mutually_exclusive_group(required=True)
     source.add_argument("-p", "--prompt", help="text")
     source.add_argument("-f", "--file", help="UTF-8 file")
@@ -197,4 +203,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.run(main)

@@ -16,8 +16,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
+
+from moe_ref.interrupts import EXIT_CODE, open_standard_streams, undoing
+
+LARGEST = 10**12  # whole number of a flag, where nothing smaller bounds it
 
 
 class RequestError(ValueError):
@@ -26,6 +31,7 @@ class RequestError(ValueError):
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse ``argv`` and call its ``run``; a mistake becomes one line on stderr and exit code 2, failed work 1."""
+    open_standard_streams()
     args = parser.parse_args(argv)
     if getattr(args, "model", "") is None:
         return _complain("no model: give a GGUF file, as MODEL or -m MODEL", 2)
@@ -37,15 +43,14 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: note(f"warning: {message}")
             code = args.run(args) or 0
-        if sys.stdout is not None:  # None where the caller closed it
-            sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
+        sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
         return code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         _drop_stdout()
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return EXIT_CODE
     except MemoryError as error:
         return _complain(f"out of memory: {error or 'use a smaller cache, context or model'}", 1)
     except ValueError as error:  # GGUFError, ConfigError, FormatError, TokenizerError, RequestError, …
@@ -59,8 +64,8 @@ def _drop_stdout() -> None:
     """What is still buffered goes to where it can be written, lest the interpreter complain about it when it ends."""
     try:
         sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -118,12 +123,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise RequestError(f"{target}: cannot be written: {error.strerror}") from error
     try:
-        with naming_full_disk(path), os.fdopen(handle, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
+        with undoing(partial(os.unlink, temporary)):
+            with naming_full_disk(path), os.fdopen(handle, "wb") as out:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -162,6 +168,11 @@ def _umask() -> int:
     return mask
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """1 token, 2 tokens; ``many`` where it is not ``one`` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def token_list(text: str) -> list[int]:
     """``1,2,3`` -> [1, 2, 3]; ``@FILE`` reads ids separated by commas or white space from a file."""
     if text.startswith("@"):
@@ -183,16 +194,32 @@ def read_text(path: str) -> str:
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """For argparse's ``type``: a whole number within bounds."""
+    """For argparse's ``type``: a whole number within bounds, at most LARGEST."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a whole number, found {text[:40]!r}") from None
-        if value < least or (most is not None and value > most):
-            accepted = f"at least {least}" if most is None else f"{least} to {most}"
+        if not least <= value <= (LARGEST if most is None else most):
+            accepted = f"at least {least}" if most is None and value < least else f"{least} to {most or LARGEST}"
             raise argparse.ArgumentTypeError(f"{text[:40]}: expected {accepted}")
+        return value
+
+    return parse
+
+
+def decimal(least: float, most: float) -> Callable[[str], float]:
+    """For argparse's ``type``: a number within bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, found {text[:40]!r}") from None
+        if not least <= value <= most:
+            above = "above 0, " if least else ""
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {above}{least:g} to {most:,.0f}")
         return value
 
     return parse
@@ -223,6 +250,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=0.95, metavar="P", help="keep this much probability")
     add("--min-p", type=float, default=0.05, metavar="P", help="drop below this share of the best")
     add("-s", "--seed", type=int, default=-1, metavar="N", help="-1 takes a new one each run (default)")
+
+
+def sampler_of(args: argparse.Namespace) -> Any:
+    """The Sampler that the flags of ``add_sampling`` describe. Raises RequestError, which names the flag."""
+    from moe_ref.sampling import Sampler, SamplingError
+
+    try:
+        return Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    except SamplingError as error:
+        raise RequestError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def add_rounding(parser: argparse.ArgumentParser) -> None:

@@ -158,3 +158,72 @@ def test_processes_that_compile_the_same_do_not_share_the_source(tmp_path, monke
     for _ in range(2):
         build._object("argmax", "text", [], build.FAST)
     assert len(set(sources)) == 2 and not list(build.cache_folder().iterdir())
+
+
+FULL_DISK = """
+import resource
+import sys
+
+from moe_cupy import numba_cache
+from numba import njit
+from moe_cupy.kernels.host.simd import compiler, isa
+from moe_cupy.kernels.host.simd.rows import row_kernel
+
+if "full" in sys.argv:  # the kernel refuses to let a file grow, as a full disk and a quota do
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+
+def double(n):
+    return 2 * n
+
+if "full" in sys.argv:
+    double.__module__ = "moe_cupy.kernels.made_up"
+double = njit("i8(i8)", cache=True)(double)
+one = isa.chosen()
+assert compiler.load(row_kernel("Q8_0", one, 1), one)
+print(double(4))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+def test_a_full_disk_under_the_cache_costs_the_cache_and_one_line(tmp_path):
+    script, kept = tmp_path / "script.py", tmp_path / "kept"
+    script.write_text(FULL_DISK)
+    kept.mkdir()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(kept)}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, script, *words], env=env, capture_output=True, text=True, timeout=120)
+
+    full = run("full")
+    assert (full.returncode, full.stdout) == (0, "8\n"), full.stderr
+    assert full.stderr.count("compiled kernels cannot be kept on disk (File too large)") == 1
+    assert not [path for path in kept.rglob("*") if path.is_file()], "nothing half written stays"
+    for _ in range(2):
+        assert (run().stdout, run().stderr) == ("8\n", ""), "once there is room"
+    assert len([path for path in kept.rglob("*") if path.suffix in (".nbi", ".nbc", ".o")]) == 3
+
+
+def test_without_any_folder_kernels_are_compiled_and_not_kept():
+    code = NOWHERE.replace("print(", "def none(**_): raise OSError(28, 'No space left on device')\n"
+                           "numba_cache.tempfile.TemporaryDirectory = none\nprint(")  # fmt: skip
+    code += "\nimport numba\nprint(numba.njit('i8(i8)', cache=True)(lambda n: n + 1)(1))"
+    env = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout.split() == ["None", "2"], done.stderr
+    assert done.stderr.count("cannot be kept on disk (No space left on device)") == 1
+
+
+def test_code_older_than_a_source_goes_and_so_does_what_was_begun_long_ago(tmp_path, monkeypatch):
+    """A process that ended between a new index and its code would leave the index with the code of before."""
+    kept, sources = tmp_path / "kept", tmp_path / "sources"
+    for path in (kept, sources):
+        path.mkdir()
+    monkeypatch.setattr(numba_cache, "kept_in", lambda folder: kept)
+    for name in ("a.nbi", "a.1.nbc", "b.nbi", "b.1.nbc", "a.nbi.tmp.1", "a.nbi.tmp.2"):
+        (kept / name).write_bytes(b"x.")
+    os.utime(kept / "a.1.nbc", (1, 1))
+    os.utime(kept / "a.nbi.tmp.1", (1, 1))
+    (sources / "a.py").write_text("")
+    os.utime(sources / "a.py", (2, 2))
+    numba_cache.tidy(sources)
+    assert sorted(path.name for path in kept.iterdir()) == ["a.nbi", "a.nbi.tmp.2", "b.1.nbc", "b.nbi"]

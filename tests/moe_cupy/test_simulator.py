@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from moe_cupy.cache import POLICIES
 from moe_cupy.cli import main
 from moe_cupy.lab.links import Links
-from moe_cupy.lab.machine import Machine, expert_bytes_of
+from moe_cupy.lab.machine import Machine, expert_bytes_of, expert_size
 from moe_cupy.lab.replay import make_caches, replay
 from moe_cupy.lab.simulator import Outcome, simulate
 from moe_cupy.lab.trace import RouteTrace, write_trace
@@ -119,8 +120,40 @@ def test_the_oracle_is_always_right_and_never_wastes_with_room():
 
 def test_expert_bytes_follow_from_the_models_name():
     assert expert_bytes_of({"model": "openai/gpt-oss-20b"}) == 3 * 2880 * 2880 * 17 // 32 == 13219200
-    assert expert_bytes_of({"expert_bytes": 5}) == 5
+    assert expert_bytes_of({"expert_bytes": 5, "model": "gpt-oss-20b"}) == 5
     assert Machine().fetched_meanwhile(13219200, 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("meta", "n_experts", "nbytes", "words"),
+    [
+        ({"model": "openai/gpt-oss-120b"}, 128, 3 * 2880 * 2880 * 17 // 32, "gpt-oss-120b MXFP4"),
+        ({"model": "gpt-oss-120b"}, 64, 4 << 20, "gpt-oss-120b has 128 experts a layer, the trace 64"),
+        ({"model": "Qwen/Qwen3-235B-A22B (Q8_0 GGUF)"}, 128, 3 * 4096 * 1536 * 34 // 32, "qwen3-235b-a22b Q8_0"),
+        ({"model": "my-own.gguf"}, 8, 4 << 20, "'my-own.gguf', is not known"),
+        ({"model": "mixtral-8x7bis"}, 8, 4 << 20, "is not known"),
+        ({}, 8, 4 << 20, "is not known"),
+    ],
+)
+def test_bytes_come_from_the_planners_shapes_or_are_said_to_be_assumed(meta, n_experts, nbytes, words):
+    size = expert_size(meta, n_experts)
+    assert size.nbytes == nbytes and words in size.source
+    assert size.is_known == (nbytes != 4 << 20)
+
+
+def test_replay_says_which_size_it_takes(tmp_path, capsys):
+    for name, meta, words in (
+        ("a", {"model": "gpt-oss-120b"}, "a.npz: 12.61 MiB an expert"),
+        ("b", {}, "warning: b.npz: 4.00 MiB an expert"),
+    ):
+        path, trace = tmp_path / f"{name}.npz", drawn(5, 2, 128, 4, 0)
+        with path.open("wb") as out:
+            write_trace(out, replace(trace, meta=meta))
+        command = ["replay", "--routes", str(path), "--policy", "lru", "--capacity", "0.5"]
+        assert main(command) == 0
+        assert words in capsys.readouterr().err
+        assert main([*command, "--expert-bytes", "1000"]) == 0
+        assert "an expert" not in capsys.readouterr().err
 
 
 @pytest.fixture
