@@ -11,13 +11,12 @@ from moe_ref.command import (
     RequestError,
     add_model,
     check_writable,
-    note,
     number,
-    print_json,
     read_text,
     token_list,
     whole_file,
 )
+from moe_ref.console import note, print_json
 
 Command = Callable[[str, Any], argparse.ArgumentParser]  # (name, what runs it) -> its parser
 

@@ -25,7 +25,8 @@ from moe_cupy.plan.rules import gpu_layers
 from moe_cupy.plan.shapes import Model, from_file, preset
 from moe_cupy.plan.tables import DoesNotFit, table
 from moe_cupy.plan_flags import DEFAULT_HARDWARE
-from moe_ref.command import note, print_json, read_text
+from moe_ref.command import read_text
+from moe_ref.console import note, print_json
 
 WAYS: dict[str, Any] = {"cache": cached_plan, "static": best_static}  # of --mode
 

@@ -28,7 +28,8 @@ from moe_cupy.lab.trace import RouteTrace
 from moe_cupy.plan.cost import stops, waiting
 from moe_cupy.plan.shapes import Model, from_file
 from moe_cupy.plan.tables import PlanError, table
-from moe_ref.command import check_writable, note, whole_file
+from moe_ref.command import check_writable, whole_file
+from moe_ref.console import note
 from moe_ref.split import open_model
 
 TOKENS, WARM = 64, 16  # decoded, and of these not timed

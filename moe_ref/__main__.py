@@ -19,8 +19,6 @@ from moe_ref.command import (
     add_prompt,
     add_rounding,
     add_sampling,
-    note,
-    print_json,
     prompt_text,
     read_text,
     refuse_same_file,
@@ -28,11 +26,14 @@ from moe_ref.command import (
     token_list,
     whole_file,
 )
+from moe_ref.common_flags import add_common
+from moe_ref.console import note, print_json, with_progress
+from moe_ref.generation import Generation, rows_text, sampler_of
 from moe_ref.gguf import open_gguf
 from moe_ref.inspect import describe, table
 from moe_ref.model import Model
 from moe_ref.parser import Parser
-from moe_ref.perplexity import chunk, perplexity, progress, report
+from moe_ref.perplexity import chunk, perplexity, report
 from moe_ref.quantize import FILE_TYPES, MIXES, TYPES, choose_types, parse_rule, type_called, write_quantized
 from moe_ref.quants import dequantize
 from moe_ref.sampling import Sampler
@@ -87,15 +88,18 @@ def cmd_generate(args: argparse.Namespace) -> None:
     ids = tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
     if not ids or len(ids) > model.config.context_length:
         raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{model.config.context_length}")
-    sampler = Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    sampler = sampler_of(args)
     decoder, made = StreamDecoder(tokenizer), []
     print(text, end="", flush=True)
     for token in continuation(model, ids, args.predict, sampler, tokenizer.eog_ids):
         made.append(token)
         print(decoder.push(token), end="", flush=True)
     print(decoder.flush())
+    generation = Generation(sampler, len(ids), made, args.predict, model.config.context_length)
     if args.json:
-        print_json({"prompt": text, "text": tokenizer.decode(made, continues=True), "tokens": [int(t) for t in made]})
+        print_json({"prompt": text} | generation.record(tokenizer.decode(made, continues=True)))
+    else:
+        note("\n" + rows_text(generation.rows()))
 
 
 def cmd_perplexity(args: argparse.Namespace) -> None:
@@ -104,7 +108,8 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
 
     model = open_rounded(args)
     ids = load_tokenizer(model.file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
-    report(perplexity(model.logits, progress(chunk(ids, args.ctx_size, args.chunks))), args.json)
+    chunks = chunk(ids, args.ctx_size, args.chunks)
+    report(perplexity(model.logits, with_progress(chunks, "chunks", len(chunks))), args.json)
 
 
 def cmd_tokenize(args: argparse.Namespace) -> None:
@@ -152,7 +157,7 @@ def cmd_quantize(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line contract."""
-    parser = Parser("moe_ref", description="Reference for mixture-of-experts GGUF models.")
+    parser = Parser("moe-ref", description="Reference for mixture-of-experts GGUF models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run) -> argparse.ArgumentParser:
@@ -187,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--no-parse-special", action="store_true", help="read special tokens as plain text")
     for sub in (inspect, generate, ppl, tokenize):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    add_common(parser)
     return parser
 
 

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import errno
 import io
-import json
 import os
 import sys
 import tempfile
@@ -18,6 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from moe_ref.common_flags import complete
+from moe_ref.console import Settings, note, warn
+
 
 class RequestError(ValueError):
     """A request that cannot be met as it stands; the message says what to do."""
@@ -25,7 +27,9 @@ class RequestError(ValueError):
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse ``argv`` and call its ``run``; a mistake becomes one line on stderr and exit code 2, failed work 1."""
+    complete(parser)
     args = parser.parse_args(argv)
+    Settings.quiet = getattr(args, "quiet", False)
     if getattr(args, "model", "") is None:
         return _complain("no model: give a GGUF file, as MODEL or -m MODEL", 2)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character of the text shows a "?"
@@ -34,7 +38,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         _refuse_broken_text(args)
         _refuse_own_input(args)
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+            warnings.showwarning = lambda message, *_: warn(str(message))
             code = args.run(args) or 0
         if sys.stdout is not None:  # None where the caller closed it
             sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
@@ -84,16 +88,6 @@ def _refuse_own_input(args: argparse.Namespace) -> None:
 def _complain(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
-
-
-def print_json(value: Any) -> None:
-    """One JSON object as one line on stdout (the last, by contract)."""
-    print(json.dumps(value), flush=True)
-
-
-def note(message: str) -> None:
-    """Progress and remarks go to stderr."""
-    print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -172,13 +166,24 @@ def token_list(text: str) -> list[int]:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file, newlines untouched; raises RequestError where it cannot be read."""
+    """A UTF-8 file, ``-`` standard input, newlines untouched; raises RequestError where it cannot be read."""
+    named = "standard input" if path == "-" else path
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return _bytes_of(path).decode("utf-8")
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from error
+        raise RequestError(f"{named}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+        raise RequestError(f"{named}: is not UTF-8 text (byte {error.start})") from error
+
+
+def _bytes_of(path: str) -> bytes:
+    if path != "-":
+        return Path(path).read_bytes()
+    if sys.stdin is None:  # where the caller closed it
+        raise RequestError("standard input is closed: there is nothing to read")
+    if sys.stdin.isatty():
+        note("reading standard input; Ctrl-D ends it")
+    return sys.stdin.buffer.read()
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -28,10 +28,12 @@ from moe_cupy.engine.split import idle_threads, second_device, split_model, with
 from moe_cupy.engine.stats import Stats
 from moe_cupy.engine.two_devices import TwoDevices
 from moe_cupy.engine.weights import check_formats, load_dense
+from moe_cupy.kernels.first_use import FirstUse
 from moe_cupy.plan.rules import CPU
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.store import expert_layout
 from moe_ref.config import load_config
+from moe_ref.console import progress
 from moe_ref.model import check_ids
 from moe_ref.sampling import Sampler
 from moe_ref.split import open_model
@@ -106,8 +108,8 @@ class Engine:
         sampler = sampler or Sampler()
         self.reset()
         mine, count, fed = self._sequences, 0, self._checked(ids)
-        for i in range(0, len(fed), self._step):
-            offer = self._offer(fed[i : i + self._step], sampler, is_prompt=True)
+        for piece in self._pieces(fed):
+            offer = self._offer(piece, sampler, is_prompt=True)
         while count != max_tokens and (token := offer.taken(sampler)) not in stop:
             yield token
             count += 1
@@ -120,16 +122,12 @@ class Engine:
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s."""
         self.reset()
-        ids = self._checked(tokens)
-        step = self._step
-        return np.concatenate([self._timed(ids[i : i + step], False, True) for i in range(0, len(ids), step)])
+        return np.concatenate([self._timed(ids, False, True) for ids in self._pieces(self._checked(tokens))])
 
     def prefill(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Feed ``tokens`` [T] after what was fed before; logits [vocab] of the last."""
-        ids = self._checked(tokens)
-        step = self._step
-        for i in range(0, len(ids), step):
-            logits = self._timed(ids[i : i + step], True, True)
+        for ids in self._pieces(self._checked(tokens)):
+            logits = self._timed(ids, True, True)
         return logits[-1]
 
     def decode(self, token: int) -> np.ndarray:
@@ -167,11 +165,6 @@ class Engine:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.file.metadata)
         return self._tokenizer
-
-    @property
-    def _step(self) -> int:
-        """Prompt tokens at a time."""
-        return self.options.ubatch_size
 
     @property
     def stats(self) -> Stats:
@@ -255,8 +248,18 @@ class Engine:
             )
         return ids
 
+    def _pieces(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """``ids`` [T], at most ubatch_size at a time; how far they are is shown where that was asked for."""
+        steps = [ids[i : i + self.options.ubatch_size] for i in range(0, len(ids), self.options.ubatch_size)]
+        if not self.options.progress:
+            yield from steps
+            return
+        with progress("prompt", len(ids) * len(self.config.layers)) as self.forward.progress:
+            yield from steps
+        self.forward.progress = lambda tokens: None
+
     def _offer(self, ids: np.ndarray, sampler: Sampler, is_prompt: bool) -> Offer:
-        """Feed ``ids`` [T], at most ``_step``; a device with memory of its own finds the logits that count."""
+        """Feed ``ids`` [T], at most ubatch_size; a device with memory of its own finds the logits that count."""
         count = 0 if self.device.is_unified else deciding(sampler, self.config.vocab_size)
         if not count:
             return Offer(self._timed(ids, True, is_prompt)[-1])
@@ -265,14 +268,14 @@ class Engine:
     def _timed(self, ids: np.ndarray, last_only: bool, is_prompt: bool, run: Callable[..., Any] | None = None) -> Any:
         """One pass; on any failure the pipeline is emptied first, so that the engine stays usable."""
         with self._used_alone():
-            start = time.perf_counter()
+            start, once = time.perf_counter(), FirstUse.seconds
             try:
                 logits = run(ids, self.kv) if run else self.forward(ids, self.kv, last_only)
             except BaseException:
                 self._recover()
                 raise
             self.kv.advance(len(ids))
-            self._count(len(ids), time.perf_counter() - start, is_prompt)
+            self._count(len(ids), time.perf_counter() - start, FirstUse.seconds - once, is_prompt)
             return logits
 
     @contextmanager
@@ -287,8 +290,9 @@ class Engine:
         finally:
             self._in_use.release()
 
-    def _count(self, tokens: int, seconds: float, is_prompt: bool) -> None:
-        s = self._stats
+    def _count(self, tokens: int, seconds: float, once: float, is_prompt: bool) -> None:
+        """``seconds`` that a pass took, ``once`` of them for kernels that were used for the first time."""
+        s, seconds = replace(self._stats, warmup_seconds=self._stats.warmup_seconds + once), seconds - once
         if is_prompt:
             self._stats = replace(s, prompt_tokens=s.prompt_tokens + tokens, prompt_seconds=s.prompt_seconds + seconds)
         else:

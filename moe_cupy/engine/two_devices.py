@@ -146,6 +146,7 @@ class TwoDevices:
     def __init__(self, split: Split, movers: dict[str, Any], config: Any, weights: Any, prefetcher: Any):
         self.split = split
         self.halves = {at: Half(at, split, config, weights, movers.get(at), prefetcher) for at in (GPU, CPU)}
+        self.progress: Callable[[int], object] = ignore
         self.halves[GPU].other, self.halves[CPU].other = self.halves[CPU], self.halves[GPU]
 
     @property
@@ -186,6 +187,7 @@ class TwoDevices:
                 at = self._moved(at.other)
             if index < len(self.split.experts):
                 at.layer(index)
+                self.progress(len(tokens))
         return at
 
     def _moved(self, to: Half) -> Half:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_ref.command import RequestError, check_writable, note
+from moe_ref.command import RequestError, check_writable
+from moe_ref.console import note
 
 
 def cmd_gpu_check(args: argparse.Namespace) -> int:

@@ -1,0 +1,79 @@
+"""How a text was made and why it ended: seed, sampler chain and finish reason, for people and for --json."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_ref.sampling import Sampler
+
+
+def sampler_of(args: argparse.Namespace) -> Sampler:
+    """The sampler that the flags ask for; of -s -1 a seed is drawn here, so that it can be shown and used again."""
+    seed = secrets.randbelow(2**32 - 1) if args.seed == -1 else args.seed  # llama.cpp's range; 2**32 - 1 is its -1
+    return Sampler(args.temp, args.top_k, args.top_p, args.min_p, seed)
+
+
+def chain(sampler: Sampler) -> str:
+    """The filters that are on, in the order in which they run, by llama.cpp's names."""
+    if sampler.temp <= 0:
+        return "greedy"
+    filters = [
+        (f"top-k {sampler.top_k}", sampler.top_k > 0),
+        (f"top-p {sampler.top_p:g}", sampler.top_p < 1),
+        (f"min-p {sampler.min_p:g}", sampler.min_p > 0),
+    ]
+    return " -> ".join([*(text for text, is_on in filters if is_on), f"temp {sampler.temp:g}", "dist"])
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One generated text. ``asked`` is -n, ``capacity`` the tokens that the context holds."""
+
+    sampler: Sampler
+    n_prompt: int
+    tokens: Sequence[int]
+    asked: int
+    capacity: int
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the context was full: all tokens but the last are in it."""
+        return len(self.tokens) != self.asked and self.n_prompt + len(self.tokens) > self.capacity
+
+    @property
+    def finish_reason(self) -> str:
+        """OpenAI's words: ``stop`` at an end-of-generation token, otherwise ``length``."""
+        return "length" if self.is_truncated or len(self.tokens) == self.asked else "stop"
+
+    def why_it_ended(self) -> str:
+        """The finish reason as a person reads it."""
+        if self.is_truncated:
+            return f"length: the context of {self.capacity} tokens is full (-c)"
+        return "length: as many tokens as -n asks for" if self.finish_reason == "length" else "stop token"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What statistics show of it."""
+        seed = f", seed {self.sampler.seed}" if self.sampler.temp > 0 else ""
+        return [("sampler", chain(self.sampler) + seed), ("finish reason", self.why_it_ended())]
+
+    def record(self, text: str) -> dict[str, Any]:
+        """The same for --json. ``truncated`` is llama.cpp's word for a context that was full."""
+        return {
+            "n_prompt": self.n_prompt,
+            "text": text,
+            "tokens": [int(token) for token in self.tokens],
+            "finish_reason": self.finish_reason,
+            "truncated": self.is_truncated,
+            "seed": self.sampler.seed,
+            "sampler": chain(self.sampler),
+        }
+
+
+def rows_text(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and what they are, a line each, in two columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
