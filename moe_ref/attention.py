@@ -6,6 +6,7 @@ import numpy as np
 
 from moe_ref.block import Block
 from moe_ref.config import ModelConfig
+from moe_ref.finite import nan_unless_finite
 from moe_ref.kv import KV
 from moe_ref.kv_types import FLOAT32, Kept
 from moe_ref.layers import Layer
@@ -51,7 +52,7 @@ def attend(
     T positions. ``sinks`` [H] are logits of one more position each, which takes its share and has no value. ``kept``
     says what k and v were rounded to, which has a say in the arithmetic.
     """
-    q = kept.as_query(q)
+    q = nan_unless_finite(kept.as_query(q))  # else a score of minus infinity would hide it
     n_tokens, n_heads, _ = q.shape
     n_positions, n_groups, _ = k.shape
     if seen is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ref.config import Delta, Mla, ModelConfig
+from moe_ref.finite import check_finite
 from moe_ref.layers import Layer
 from moe_ref.norm import layer_norm, rms_norm
 from moe_ref.rope import Tables, apply_rope
@@ -17,7 +18,8 @@ def normalise(x: np.ndarray, weights: Weights, name: str, config: ModelConfig) -
     """The architecture's norm of x [..., n] with the weight, and the bias if there is one, called ``name``."""
     norm = rms_norm if config.quirks.norm == "rms" else layer_norm
     y = norm(x, weights[name + ".weight"], config.norm_epsilon)
-    return y + weights[name + ".bias"] if name + ".bias" in weights else y
+    y = y + weights[name + ".bias"] if name + ".bias" in weights else y
+    return check_finite(y, f"the result of {name}")
 
 
 @dataclass(frozen=True, slots=True)

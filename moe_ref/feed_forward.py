@@ -10,6 +10,7 @@ import numpy as np
 from moe_ref.attention import sigmoid
 from moe_ref.block import Block
 from moe_ref.experts import ACTIVATIONS, moe, outputs
+from moe_ref.finite import check_finite
 from moe_ref.routing import route
 
 Observer = Callable[[str, np.ndarray], None]
@@ -60,6 +61,7 @@ def two_branches(block: Block, x: np.ndarray, observe: Observer) -> np.ndarray:
     """gemma4: a dense network and the experts side by side, each between norms of its own; the router sees x itself."""
     dense = block.norm(network(block, block.norm(x, "ffn_norm")), "post_ffw_norm_1")
     seen = block.unit_norm(x) * x.dtype.type(1 / math.sqrt(x.shape[1])) * block.vector("ffn_gate_inp.scale")
-    logits = block.weights.product(seen, block.full("ffn_gate_inp.weight"))
+    router = block.full("ffn_gate_inp.weight")
+    logits = check_finite(block.weights.product(seen, router), f"the product with {router}")
     experts = routed(block, block.norm(x, "pre_ffw_norm_2"), logits, observe)
     return dense + block.norm(experts, "post_ffw_norm_2")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_ref.finite import check_finite
 from moe_ref.kv_types import FLOAT32, Kept
 from moe_ref.layers import Layer
 
@@ -19,14 +20,18 @@ class KV:
     what the types of ``kept`` can express, still as floats.
     """
 
-    def __init__(self, window: int = 0, chunked: bool = False, kept: Kept = FLOAT32):
-        self.window, self.chunked, self.kept = window, chunked, kept
+    def __init__(self, window: int = 0, chunked: bool = False, kept: Kept = FLOAT32, layer: int = 0):
+        self.window, self.chunked, self.kept, self.layer = window, chunked, kept, layer
         self.first = 0  # position of the first row kept
         self._arrays: list[np.ndarray] = []
 
     def append(self, k: np.ndarray, v: np.ndarray, position: int) -> Seen:
-        """Store k [T, G, K] and v [T, G, V] at ``position``..; return all that the new tokens may see."""
-        k, v = self.kept.as_key(k), self.kept.as_value(v)
+        """Store k [T, G, K] and v [T, G, V] at ``position``..; return all that the new tokens may see.
+
+        Raises NonFiniteError where one of them is too large for the type that it is kept in.
+        """
+        k = check_finite(self.kept.as_key(k), f"keys of layer {self.layer} as {self.kept.key}", "use -ctk f32")
+        v = check_finite(self.kept.as_value(v), f"values of layer {self.layer} as {self.kept.value}", "use -ctv f32")
         self._forget_before(position)
         if not self._arrays:
             self._arrays = [np.empty((0, *new.shape[1:]), new.dtype) for new in (k, v)]
@@ -55,7 +60,7 @@ class Cache:
 
     def __init__(self, layers: Sequence[Layer], kept: Sequence[Kept]):
         self.length = 0
-        self.kv = [KV(layer.window, layer.chunked, how) for layer, how in zip(layers, kept, strict=True)]
+        self.kv = [KV(one.window, one.chunked, how, one.index) for one, how in zip(layers, kept, strict=True)]
         self.state: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # recurrent layer -> last inputs, matrix
 
     def advance(self, n_tokens: int) -> None:

@@ -101,8 +101,15 @@ class Model:
         return Cache(self.config.layers, self.kept)
 
     def forward(self, tokens: Sequence[int] | np.ndarray, cache: Cache) -> np.ndarray:
-        """Logits [T, vocab] for ``tokens`` [T], which follow the ``cache.length`` tokens already seen."""
+        """Logits [T, vocab] for ``tokens`` [T], which follow the ``cache.length`` tokens already seen.
+
+        Raises NonFiniteError, with the name of the first weight or result that is NaN or infinite.
+        """
         tokens = check_ids(tokens, self.config.vocab_size)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # an error where it counts, not a warning
+            return self._forward(tokens, cache)
+
+    def _forward(self, tokens: np.ndarray, cache: Cache) -> np.ndarray:
         c = self.config
         positions = cache.length + np.arange(len(tokens))
         x = self.weights.rows("token_embd.weight", tokens) * self.dtype(c.embedding_scale)  # [T, D]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from moe_ref.finite import nan_unless_finite
+
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
     """``x / sqrt(mean(x**2) + epsilon) * weight`` over the last axis; x [..., n], weight [n]."""
     mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float64).astype(x.dtype)
-    return x * (1 / np.sqrt(mean_square + x.dtype.type(epsilon))) * weight  # in this order, as in llama.cpp
+    root = np.sqrt(nan_unless_finite(mean_square) + x.dtype.type(epsilon))
+    return x * (1 / root) * weight  # in this order, as in llama.cpp
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -18,4 +21,5 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
 
 def l2_norm(x: np.ndarray, epsilon: float) -> np.ndarray:
     """``x / sqrt(sum(x**2) + epsilon)`` over the last axis."""
-    return x / np.sqrt(np.sum(np.square(x), axis=-1, keepdims=True) + x.dtype.type(epsilon))
+    squares = nan_unless_finite(np.sum(np.square(x), axis=-1, keepdims=True))
+    return x / np.sqrt(squares + x.dtype.type(epsilon))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from moe_ref.console import print_json
+from moe_ref.finite import NonFiniteError
 
 
 def chunk(tokens: Sequence[int], size: int, most: int | None = None) -> np.ndarray:
@@ -35,12 +36,16 @@ def chunk_loss(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def perplexity(logits: Callable[[np.ndarray], np.ndarray], chunks: Iterable[np.ndarray]) -> dict[str, float]:
     """Score chunks, each a fresh context; returns mean ``nll`` in nats, ``ppl`` = exp(nll), scored ``tokens``.
 
-    ``logits`` maps token ids [T] to logits [T, vocab].
+    ``logits`` maps token ids [T] to logits [T, vocab]. Raises NonFiniteError where the result is NaN or infinite.
     """
     losses = [chunk_loss(logits(tokens), tokens) for tokens in chunks]
     scored = np.concatenate(losses)
     nll = float(scored.mean())
-    return {"nll": nll, "ppl": float(np.exp(nll)), "tokens": len(scored)}
+    with np.errstate(over="ignore"):
+        ppl = float(np.exp(nll))
+    if not np.isfinite(ppl):
+        raise NonFiniteError(f"perplexity {ppl}, from a mean surprise of {nll} nats: the logits are not usable")
+    return {"nll": nll, "ppl": ppl, "tokens": len(scored)}
 
 
 def report(result: dict[str, float], as_json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_ref.finite import FILE_IS_DAMAGED, check_finite
 from moe_ref.gguf import GGUFFile
 from moe_ref.quants import dequantize
 from moe_ref.quants.dots import Matrix, decode, multiply
@@ -61,14 +62,14 @@ class Weights:
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
         """``x W^T``, times the scale and plus the bias that the file may have under the same name.
 
-        x [T, in] -> [T, out]; ``index`` picks one of several matrices (experts, heads).
+        x [T, in] -> [T, out]; ``index`` picks one of several matrices (experts, heads). Raises NonFiniteError.
         """
         y = self.product(x, name + ".weight", index)
         if name + ".scale" in self:
             y = y * self[name + ".scale"][index or 0]
         if name + ".bias" in self:
             y = y + (self[name + ".bias"] if index is None else self[name + ".bias"][index])
-        return y
+        return check_finite(y, f"the product with {name}" + ("" if index is None else f"[{index}]"))
 
     def _decoded(self, name: str, index: int | None) -> np.ndarray:
         return self._once(name, index, self._plain)
@@ -83,7 +84,12 @@ class Weights:
             self._kept.move_to_end(key)
             return self._kept[key]
         shape = view.shape if index is None else view.shape[1:]
-        made = decoder(self.file.read(view.stored.name, *view.segment(index)), view.stored.type, shape, name)
+        raw = self.file.read(view.stored.name, *view.segment(index))
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error, not a warning
+            made = decoder(raw, view.stored.type, shape, name)
+        for part in made if isinstance(made, Matrix) else [made]:
+            if isinstance(part, np.ndarray):
+                check_finite(part, name if index is None else f"{name}[{index}]", FILE_IS_DAMAGED)
         self._keep(key, made)
         return made
 

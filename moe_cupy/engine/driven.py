@@ -51,7 +51,7 @@ class DrivenForward(Forward):
 
     def _launched(self, tokens: np.ndarray, kv: Any, last_only: bool) -> Any:
         self._work.position, self._on_the_way = None, False
-        if len(tokens) > 1:
+        if len(tokens) > 1 or not self._again.records:
             self.pools.to_host()
             return super()._launched(tokens, kv, last_only)
         self.pools.to_device()

@@ -22,6 +22,7 @@ from moe_cupy.engine.driven import DrivenForward, place_driven
 from moe_cupy.engine.experts import ExpertMover
 from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
 from moe_cupy.engine.kv import DeviceKV
+from moe_cupy.engine.nonfinite import explain, is_finite
 from moe_cupy.engine.options import DEFAULT_CONTEXT, Options
 from moe_cupy.engine.placement import Placement, open_stores, place_movers
 from moe_cupy.engine.split import idle_threads, second_device, split_model, without_effect
@@ -34,11 +35,13 @@ from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.store import expert_layout
 from moe_ref.config import load_config
 from moe_ref.console import progress
+from moe_ref.finite import NonFiniteError
 from moe_ref.model import check_ids
 from moe_ref.sampling import Sampler
 from moe_ref.split import open_model
 from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from moe_ref.weights import Weights
 
 
 class EngineError(RuntimeError):
@@ -53,6 +56,7 @@ class Engine:
     a cache too small, DeviceError for a device that is not here, StoreMismatch for a store of another model;
     later TokenizerError where text is asked of a file without a usable tokenizer, and StoreError where expert
     bytes cannot be read. After a StoreError the engine is usable: what failed is read again when next wanted.
+    NonFiniteError names the first weight or result that is NaN or infinite: nothing that follows from one is returned.
     """
 
     def __init__(self, model: str | os.PathLike, *, _device: Device | None = None, **options: Any):
@@ -270,13 +274,23 @@ class Engine:
         with self._used_alone():
             start, once = time.perf_counter(), FirstUse.seconds
             try:
-                logits = run(ids, self.kv) if run else self.forward(ids, self.kv, last_only)
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # looked for in the logits
+                    logits = run(ids, self.kv) if run else self.forward(ids, self.kv, last_only)
+                    if not is_finite(logits.logits if isinstance(logits, Offer) else logits):
+                        raise self._explained(ids)
             except BaseException:
                 self._recover()
                 raise
             self.kv.advance(len(ids))
             self._count(len(ids), time.perf_counter() - start, FirstUse.seconds - once, is_prompt)
             return logits
+
+    def _explained(self, ids: np.ndarray) -> NonFiniteError:
+        """The error for a pass over ``ids`` [T] whose logits are not finite."""
+        forward = self.forward
+        forwards = list(forward.halves.values()) if isinstance(forward, TwoDevices) else [forward]
+        weights = Weights(self.file, keep_bytes=0, views=self.views)
+        return explain(forwards, lambda: forward(ids, self.kv), weights, ids, self.options.act)
 
     @contextmanager
     def _used_alone(self) -> Iterator[None]:

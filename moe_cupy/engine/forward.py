@@ -7,7 +7,8 @@ early on this layer's hidden state) predicts is fetched meanwhile: copies overla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from moe_cupy.engine.block import Block, Pass, Scratch
 from moe_cupy.engine.choosing import Offer
 from moe_cupy.engine.experts import ExpertMover, Held
 from moe_cupy.engine.mixers import MIXERS
-from moe_cupy.engine.recording import Recorder
+from moe_cupy.engine.recording import Recorder, Unrecorded
 from moe_cupy.engine.weights import DenseWeights
 from moe_cupy.engine.whole import Whole
 from moe_cupy.prefetch import Prefetcher
@@ -84,7 +85,7 @@ class Forward:
         self.progress: Callable[[int], object] = ignore  # given the number of tokens that passed a layer
         self._launch: Callable[..., None] = partial(device.launch, stream=self.stream)
         self._decode_scratch = Scratch(device, self.stream, stays=True)
-        self._again = Recorder(device, self.stream)
+        self._again: Recorder | Unrecorded = Recorder(device, self.stream)
         self._whole = Whole(device, self._again, mover, [layer.is_moe for layer in config.layers])
         self._rotations = self._distinct_rotations()
 
@@ -95,6 +96,16 @@ class Forward:
     def largest(self, tokens: np.ndarray, kv: Any, count: int) -> Offer:
         """The ``count`` largest logits of the last token; the others stay on the device."""
         return self._best(self._launched(tokens, kv, True), count)
+
+    @contextmanager
+    def each_launch(self, watch: Callable[[Callable[..., None]], Callable[..., None]]) -> Iterator[None]:
+        """Meanwhile passes launch op by op, by ``watch(launch)``, whatever has been recorded."""
+        before = self._launch, self._again
+        self._launch, self._again = watch(self._launch), Unrecorded()
+        try:
+            yield
+        finally:
+            self._launch, self._again = before
 
     def _best(self, logits: Any, count: int) -> Offer:
         """The ``count`` largest of logits [1, vocab] in device memory.
@@ -130,7 +141,7 @@ class Forward:
     def _is_free(self, run: Pass) -> bool:
         """Whether nobody on the host wants to know of a layer before the token is done."""
         watched = self.observe is not None or self.prefetcher.predicts or self.prefetcher.needs_next_router
-        if watched or not (self.device.binds and run.is_single):
+        if watched or not (self._again.records and self.device.binds and run.is_single):
             return False
         return self.mover is None or not any(pool.policy.wants_scores for pool in self.mover.cache.pools)
 

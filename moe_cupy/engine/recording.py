@@ -29,6 +29,8 @@ class Kept(NamedTuple):
 class Recorder:
     """Parts of layers by name and layer. Only for passes over one token, whose arrays stay where they are."""
 
+    records = True
+
     def __init__(self, device: Device, stream: Any):
         self._device, self._stream = device, stream
         self._kept: dict[tuple[str, int], Kept] = {}
@@ -89,3 +91,16 @@ class Recorder:
     def _keep(self, key: tuple[str, int], kept: Kept) -> None:
         self._kept[key] = kept
         self.version += 1
+
+
+class Unrecorded:
+    """In place of a ``Recorder`` where every launch has to be seen: each part is performed anew."""
+
+    records = False
+
+    def __call__(self, name: str, block: Block, perform: Callable[[Block], Any], is_done: bool = False) -> Any:
+        return perform(block)
+
+    def experts(self, block: Block, three: dict[str, Any], buffers: Callable[[], dict[str, Any]]) -> Any:
+        """None: the experts of each event are launched as an op."""
+        return None

@@ -21,7 +21,7 @@ import numpy as np
 from moe_cupy.engine import networks
 from moe_cupy.engine.block import Block, Pass, Scratch
 from moe_cupy.engine.choosing import Offer
-from moe_cupy.engine.forward import Forward, RouteObserver, Routes
+from moe_cupy.engine.forward import Forward, RouteObserver, Routes, ignore
 from moe_cupy.engine.split import EMBEDDING, Split
 from moe_cupy.engine.weights import Linear
 from moe_cupy.plan.rules import CPU, GPU

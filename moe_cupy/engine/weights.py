@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from moe_cupy.plan.rules import CPU
 from moe_cupy.store import MATRICES
 from moe_ref.config import ModelConfig
 from moe_ref.console import with_progress
+from moe_ref.finite import FILE_IS_DAMAGED, check_finite
 from moe_ref.gguf import GGUFFile
 from moe_ref.layers import Layer
 from moe_ref.quants import FormatError, dequantize
@@ -101,8 +102,11 @@ class _Uploader:
         return Matrix(view.stored.type, math.prod(view.shape[:-1]), view.shape[-1], memory)
 
     def values(self, name: str) -> np.ndarray:
+        """A small tensor as float32. Raises NonFiniteError if one of its numbers is not finite."""
         view = self.views[name]
-        return dequantize(self.raw(name), view.stored.type, view.shape, name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = dequantize(self.raw(name), view.stored.type, view.shape, name)
+        return check_finite(values, name, FILE_IS_DAMAGED)
 
     def vector(self, name: str, at: str | None = None, factor: float = 1.0) -> Any:
         """A vector, times ``factor``, where it is used: at ``at``, by default the layer's home."""
@@ -205,7 +209,10 @@ def check_formats(c: ModelConfig, views: Views, split: Split) -> None:
 
 
 def load_dense(split: Split, file: GGUFFile, config: ModelConfig, views: Views, progress: bool = False) -> DenseWeights:
-    """Copy the dense tensors of a checked file to their devices. Raises GGUFError if the file cannot be read."""
+    """Copy the dense tensors of a checked file to their devices.
+
+    Raises GGUFError if the file cannot be read, NonFiniteError where a vector holds a number that is not finite.
+    """
     layers = with_progress(config.layers, "loading the dense part", len(config.layers)) if progress else config.layers
     up = _Uploader(split, file, views)
     token_embd = up.matrix("token_embd.weight")

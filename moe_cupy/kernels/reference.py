@@ -172,6 +172,6 @@ def combine(parts: np.ndarray, weights: Any, out: np.ndarray, add: bool = True) 
 
 
 def top_k(logits: Any, values: Any, ids: Any) -> None:
-    seen = np.where(np.isnan(logits), np.inf, logits)
+    seen = np.where(np.isfinite(logits), logits, np.inf)
     ids[...] = np.argsort(-seen, axis=-1, kind="stable")[:, : ids.shape[1]]
     values[...] = np.take_along_axis(seen, ids, -1)

@@ -19,12 +19,13 @@ from moe_cupy.kernels.host import ops
 class Op(NamedTuple):
     """One row. ``reference`` is called with the buffers, ``host`` with a row splitter and the buffers.
 
-    ``cuda`` is called with a workspace and the buffers, and makes launches.
+    ``cuda`` is called with a workspace and the buffers, and makes launches. ``writes``: buffers that get results.
     """
 
     reference: Callable[..., None]
     host: Callable[..., None]
     cuda: Callable[..., Iterator[Launch]]
+    writes: tuple[str, ...] = ("out",)
 
 
 OPS: dict[str, Op] = {
@@ -34,21 +35,21 @@ OPS: dict[str, Op] = {
     "linear_heads": Op(reference.linear_heads, ops.linear_heads, cuda.linear_heads),
     "norm": Op(reference.norm, ops.norm, cuda.norm),
     "columns": Op(reference.columns, ops.columns, cuda.columns),
-    "scale": Op(reference.scale, ops.scale, cuda.scale),
+    "scale": Op(reference.scale, ops.scale, cuda.scale, ("x",)),
     "add": Op(reference.add, ops.add, cuda.add),
-    "clamp": Op(reference.clamp, ops.clamp, cuda.clamp),
-    "softcap": Op(reference.softcap, ops.softcap, cuda.softcap),
-    "activate": Op(reference.activate, ops.activate, cuda.activate),
-    "sigmoid_gate": Op(reference.sigmoid_gate, ops.sigmoid_gate, cuda.sigmoid_gate),
-    "rope": Op(reference.rope, ops.rope, cuda.rope),
-    "hadamard": Op(reference.hadamard, ops.hadamard, cuda.hadamard),
-    "kv_store": Op(reference.kv_store, ops.kv_store, cuda.kv_store),
+    "clamp": Op(reference.clamp, ops.clamp, cuda.clamp, ("x",)),
+    "softcap": Op(reference.softcap, ops.softcap, cuda.softcap, ("x",)),
+    "activate": Op(reference.activate, ops.activate, cuda.activate, ("gate",)),
+    "sigmoid_gate": Op(reference.sigmoid_gate, ops.sigmoid_gate, cuda.sigmoid_gate, ("x",)),
+    "rope": Op(reference.rope, ops.rope, cuda.rope, ("x",)),
+    "hadamard": Op(reference.hadamard, ops.hadamard, cuda.hadamard, ("x",)),
+    "kv_store": Op(reference.kv_store, ops.kv_store, cuda.kv_store, ("cache",)),
     "attention": Op(reference.attention, ops.attention, cuda.attention),
-    "convolve": Op(reference.convolve, ops.convolve, cuda.convolve),
-    "delta_gates": Op(reference.delta_gates, ops.delta_gates, cuda.delta_gates),
-    "delta_rule": Op(reference.delta_rule, ops.delta_rule, cuda.delta_rule),
-    "route": Op(reference.route, ops.route, cuda.route),
-    "experts": Op(reference.experts, ops.experts, cuda_experts.experts),
-    "top_k": Op(reference.top_k, ops.top_k, cuda.top_k),
+    "convolve": Op(reference.convolve, ops.convolve, cuda.convolve, ("out", "after")),
+    "delta_gates": Op(reference.delta_gates, ops.delta_gates, cuda.delta_gates, ("fade", "share")),
+    "delta_rule": Op(reference.delta_rule, ops.delta_rule, cuda.delta_rule, ("out", "after")),
+    "route": Op(reference.route, ops.route, cuda.route, ("ids", "weights")),
+    "experts": Op(reference.experts, ops.experts, cuda_experts.experts, ("parts",)),
+    "top_k": Op(reference.top_k, ops.top_k, cuda.top_k, ("values", "ids")),
     "combine": Op(reference.combine, ops.combine, cuda.combine),
 }

@@ -39,6 +39,7 @@ class RangeFile:
         self._lock = threading.Lock()
         self._fd = self._open(os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.size = os.fstat(self._fd).st_size
+        self._written = os.fstat(self._fd).st_mtime_ns
         if direct:
             self._try_direct()
 
@@ -46,7 +47,7 @@ class RangeFile:
         """Read file bytes offset..offset+nbytes into ``memory``; returns where in memory they begin.
 
         ``memory`` is uint8, aligned, with room for the aligned range around the wanted one. Raises
-        StoreError on an I/O error and where the file ends early.
+        StoreError on an I/O error, where the file ends early and where it was written to since it was opened.
         """
         start = align_down(offset, self.alignment)
         skip = offset - start
@@ -60,6 +61,8 @@ class RangeFile:
                     f"{self.path}: ends at byte {os.fstat(self._fd).st_size}, but bytes {offset}..{offset + nbytes} "
                     f"were expected; was it truncated or replaced while open?"
                 )
+        if os.fstat(self._fd).st_mtime_ns != self._written:
+            raise StoreError(f"{self.path}: was written to since it was opened; open the model again")
         return skip
 
     def room(self, nbytes: int) -> int:

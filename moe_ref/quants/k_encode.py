@@ -110,10 +110,11 @@ def encode_q6_k(x: np.ndarray) -> np.ndarray:
 
 
 def encode_q8_k(x: np.ndarray) -> np.ndarray:
-    """float32 [n, 256] -> uint8 [n, 292]: the largest magnitude becomes -127 steps."""
-    reciprocal = inverse(largest(x, 1), times=-127)  # [n, 1]
+    """float32 [n, 256] -> uint8 [n, 292]: the largest magnitude becomes -127 steps; NaN, where one is not finite."""
     block = np.zeros(len(x), BLOCK_Q8_K)
-    block["d"] = inverse(reciprocal)[:, 0]
-    block["qs"] = np.minimum(np.rint(reciprocal * x), 127)
+    with np.errstate(invalid="ignore", over="ignore"):
+        reciprocal = inverse(largest(x, 1), times=-127)  # [n, 1]
+        block["d"] = np.where(np.isfinite(x).all(axis=1), inverse(reciprocal)[:, 0], np.nan)
+        block["qs"] = np.minimum(np.rint(reciprocal * x), 127)
     block["bsums"] = block["qs"].reshape(-1, 16, 16).sum(axis=2, dtype=np.int16)
     return raw_bytes(block)

@@ -10,8 +10,10 @@ __device__ __forceinline__ void begin(Mixed& mixed) {
 #pragma unroll
     for (int i = 0; i < MIX_WIDTH; i++) mixed.o[i] = 0.f;
 }
-// Takes a score of each lane (minus infinity: none) and returns its weight exp(score - top) under the new top.
+// Takes a score of each lane (minus infinity: none) and returns its weight exp(score - top) under the new top. A score
+// of NaN counts as infinity, which makes all weights NaN.
 __device__ __forceinline__ float weigh(Mixed& mixed, float score) {
+    score = score == score ? score : INFINITE;
     const float top = fmaxf(mixed.top, warp_max(score));
     if (top == -INFINITE) return 0.f;
     const float fade = expf(mixed.top - top), p = expf(score - top);

@@ -6,7 +6,7 @@ KERNEL(attention_combine)(float* out, const float* partial, const float* sinks, 
     const float* parts = partial + pair * splits * (v_width + 2);
     float top = sinks ? sinks[blockIdx.x] : -INFINITE;
     for (int s = 0; s < splits; s++) top = fmaxf(top, parts[s * (v_width + 2) + v_width]);
-    float total = sinks ? expf(sinks[blockIdx.x] - top) : 0.f;
+    float total = sinks ? expf(nan_unless_finite(sinks[blockIdx.x]) - top) : 0.f;
     for (int s = 0; s < splits; s++) {
         const float* part = parts + s * (v_width + 2) + v_width;
         if (part[0] > -INFINITE) total += part[1] * expf(part[0] - top);

@@ -17,7 +17,7 @@ FORMAT_KERNEL(attention_decode)(float* partial, const float* q, const uint8_t* k
     float* query = shared;
     float* weights = shared + k_width + 32 * warp;
     float* merge = shared + k_width + 32 * warp_count();
-    for (int i = threadIdx.x; i < k_width; i += blockDim.x) query[i] = q[pair * k_width + i];
+    for (int i = threadIdx.x; i < k_width; i += blockDim.x) query[i] = nan_unless_finite(q[pair * k_width + i]);
     __syncthreads();
 
     Mixed mixed;

@@ -29,7 +29,7 @@ FORMAT_KERNEL(attention_prefill)(float* out, const float* q, const uint8_t* k, c
     const int mine = t < n_tokens ? positions[t] : -1, first = t < n_tokens ? first_seen(mine, window, chunk) : 0;
     const long long pair = (long long)t * heads + head;
     if (t < n_tokens)
-        for (int i = lane; i < k_width; i += 32) query[i] = q[pair * k_width + i];
+        for (int i = lane; i < k_width; i += 32) query[i] = nan_unless_finite(q[pair * k_width + i]);
 
     Mixed mixed;
     begin(mixed);
@@ -66,7 +66,7 @@ FORMAT_KERNEL(attention_prefill)(float* out, const float* q, const uint8_t* k, c
     float total = warp_sum(mixed.total);
     if (t >= n_tokens) return;
     const float top = sinks ? fmaxf(mixed.top, sinks[head]) : mixed.top, fade = expf(mixed.top - top);
-    total = total * fade + (sinks ? expf(sinks[head] - top) : 0.f);
+    total = total * fade + (sinks ? expf(nan_unless_finite(sinks[head]) - top) : 0.f);
 #pragma unroll
     for (int i = 0; i < MIX_WIDTH; i++)
         if (lane + 32 * i < v_width) out[pair * v_width + lane + 32 * i] = mixed.o[i] * fade / total;

@@ -34,9 +34,9 @@ KERNEL(delta_convolve)(float* out, const float* x, const float* before, float* a
 KERNEL(delta_gates)(float* alpha, float* beta, const float* dt, const float* a, int heads, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    const float x = alpha[i] + dt[i % heads];
-    alpha[i] = expf((fmaxf(x, 0.f) + log1pf(expf(-fabsf(x)))) * a[i % heads]);
-    beta[i] = sigmoid(beta[i]);
+    const float x = nan_unless_finite(alpha[i] + dt[i % heads]);
+    alpha[i] = expf(nan_unless_finite((fmaxf(x, 0.f) + log1pf(expf(-fabsf(x)))) * a[i % heads]));
+    beta[i] = sigmoid(nan_unless_finite(beta[i]));
 }
 
 // For each token: S <- fade S; S <- S + k (v - k.S) beta; out = q.S / sqrt(width), q and k brought to length one.
@@ -66,8 +66,8 @@ KERNEL(delta_recur)(float* out, const float* mixed, const float* fade, const flo
             key[i] = k[i], query[i] = q[i];
             key_squares += k[i] * k[i], query_squares += q[i] * q[i];
         }
-        const float to_key = 1.f / sqrtf(block_sum(key_squares, parts) + epsilon);
-        const float to_query = 1.f / sqrtf(block_sum(query_squares, parts) + epsilon);
+        const float to_key = 1.f / sqrtf(nan_unless_finite(block_sum(key_squares, parts)) + epsilon);
+        const float to_query = 1.f / sqrtf(nan_unless_finite(block_sum(query_squares, parts)) + epsilon);
         for (int i = warp; i < width; i += warps) answer += key[i] * (state[32 * i + lane] *= fade[gate]);
         parts[32 * warp + lane] = answer;
         __syncthreads();

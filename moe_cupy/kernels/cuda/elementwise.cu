@@ -14,22 +14,22 @@ KERNEL(add_scaled)(float* out, const float* x, float scale, int n) {
 KERNEL(multiply)(float* x, const float* factor, int span, int is_gate, float scale, int n) {
     INDEX;
     const float by = factor ? factor[i / span] : 1.f;
-    x[i] *= (is_gate ? sigmoid(by) : by) * scale;
+    x[i] *= (is_gate ? sigmoid(nan_unless_finite(by)) : by) * scale;
 }
 // out = act(gate, up).
 KERNEL(activate)(float* out, const float* gate, const float* up, int activation, int n) {
     INDEX;
     out[i] = gated(activation, gate[i], up[i]);
 }
-// x = limit * tanh(x / limit).
+// x = limit * tanh(x / limit), NaN where it is not finite.
 KERNEL(softcap)(float* x, float limit, int n) {
     INDEX;
-    x[i] = limit * tanhf(x[i] / limit);
+    x[i] = limit * tanhf(nan_unless_finite(x[i]) / limit);
 }
-// x within -limit..limit.
+// x within -limit..limit, NaN where it is not finite.
 KERNEL(clamp)(float* x, float limit, int n) {
     INDEX;
-    x[i] = fminf(fmaxf(x[i], -limit), limit);
+    x[i] = fabsf(x[i]) < INFINITE ? fminf(fmaxf(x[i], -limit), limit) : NOT_A_NUMBER;
 }
 // out[t, d] (+)= sum over r of weights[t, r] * parts[t, r, d], in rank order; n = T * width.
 KERNEL(combine)(float* out, const float* parts, const float* weights, int used, int width, int add, int n) {

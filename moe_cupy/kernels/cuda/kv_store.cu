@@ -1,4 +1,7 @@
+__device__ __forceinline__ uint16_t nan_unless_finite_half(uint16_t x) { return (x & 0x7c00) == 0x7c00 ? 0x7e00 : x; }
+
 // cache[rows[t], column : column + width] = x[t, :]: keys or values of new positions into the KV cache.
+// What is not finite, or too large for the type, is NaN there: a score of minus infinity would hide it.
 // cache f32 or (is_half) f16 [*, cache_stride], x f32 [T, width] x_stride apart, rows int32 [T]. One thread a number,
 // grid (ceil(width / block), T); no shared memory. Bytes: 6 or 8 a number; launch-bound. Called for k and for v.
 KERNEL(kv_store)(uint8_t* cache, const float* x, const int* rows, int width, int x_stride, int cache_stride,
@@ -6,9 +9,9 @@ KERNEL(kv_store)(uint8_t* cache, const float* x, const int* rows, int width, int
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= width) return;
     const long long at = (long long)rows[blockIdx.y] * cache_stride + column + i;
-    const float value = x[(long long)blockIdx.y * x_stride + i];
+    const float value = nan_unless_finite(x[(long long)blockIdx.y * x_stride + i]);
     if (is_half)
-        ((uint16_t*)cache)[at] = float_to_half(value);
+        ((uint16_t*)cache)[at] = nan_unless_finite_half(float_to_half(value));
     else
         ((float*)cache)[at] = value;
 }
@@ -20,8 +23,8 @@ KERNEL(kv_store_q8_0)(uint8_t* cache, const float* x, const int* rows, int width
                       int column) {
     const int g = blockIdx.x * warp_count() + warp_id(), lane = lane_id();
     if (32 * g >= width) return;  // the whole warp
-    const float value = x[(long long)blockIdx.y * x_stride + 32 * g + lane], d = warp_max(fabsf(value)) / 127.f;
+    const float value = x[(long long)blockIdx.y * x_stride + 32 * g + lane], d = warp_largest(value) / 127.f;
     uint8_t* block = cache + ((long long)rows[blockIdx.y] * (cache_stride / 32) + column / 32 + g) * 34;
-    if (lane == 0) *(uint16_t*)block = float_to_half(d);
+    if (lane == 0) *(uint16_t*)block = nan_unless_finite_half(float_to_half(d));
     block[2 + lane] = (uint8_t)(int)roundf(value * (d > 0.f ? 1.f / d : 0.f));
 }

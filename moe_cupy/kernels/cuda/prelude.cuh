@@ -43,6 +43,7 @@ __device__ __forceinline__ void mma_16x8x16(int (&c)[4], const int (&a)[2], int 
 #define JOIN(a, b) JOIN2(a, b)
 #define FORMAT_KERNEL(name) KERNEL(JOIN(name, FORMAT))  // one kernel for each tensor type, e.g. gemv_Q4_K
 #define INFINITE __int_as_float(0x7f800000)
+#define NOT_A_NUMBER __int_as_float(0x7fc00000)
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
@@ -65,6 +66,14 @@ __device__ __forceinline__ float warp_max(float x) {
     for (int m = 16; m > 0; m >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL, x, m));
     return x;
 }
+// The largest magnitude; NaN if there is one: without a sign, floats are ordered like their bits, and NaN is on top.
+__device__ __forceinline__ float warp_largest(float x) {
+    int bits = __float_as_int(x) & 0x7fffffff;
+    for (int m = 16; m > 0; m >>= 1) bits = max(bits, __shfl_xor_sync(FULL, bits, m));
+    return __int_as_float(bits);
+}
+// x, or NaN where it is infinite, which a limit or a softmax could turn into an ordinary number.
+__device__ __forceinline__ float nan_unless_finite(float x) { return fabsf(x) < INFINITE ? x : NOT_A_NUMBER; }
 // Every thread gets the result; scratch holds one float for each warp and may be used again at once.
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
     x = warp_sum(x);

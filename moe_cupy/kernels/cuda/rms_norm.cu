@@ -1,5 +1,6 @@
 // out = x / sqrt(mean(x^2) + epsilon) * weight + bias over the last axis; x += residual first, and stays so.
-// kind 0: RMS norm; 1: layer norm (x less its mean); 2: unit length (the sum instead of the mean).
+// kind 0: RMS norm; 1: layer norm (x less its mean); 2: unit length (the sum instead of the mean). A row whose squares
+// are not finite becomes NaN.
 // out f32 rows of width, out_stride apart; x f32 rows, x_stride apart, out == x is fine; residual f32 [n, width],
 // weight and bias f32 [width], each may be null. grid n: a block for each row; shared: a float for each warp.
 // Bytes: 8 (to 16 with a residual) a feature; memory-bound but launch-bound at one token. Called twice a layer, and
@@ -16,7 +17,7 @@ KERNEL(rms_norm)(float* out, float* x, const float* residual, const float* weigh
     }
     if (kind == 1) mean = block_sum(mean, scratch) / (float)width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) squares += (x[i] - mean) * (x[i] - mean);
-    const float total = block_sum(squares, scratch);
+    const float total = nan_unless_finite(block_sum(squares, scratch));
     const float scale = 1.f / sqrtf((kind == 2 ? total : total / (float)width) + epsilon);
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float y = (x[i] - mean) * scale;

@@ -2,7 +2,8 @@
 // ids int32 [T, used], best first, ties to the lower id; weights f32 [T, used]; logits f32 [T, E]; bias f32 [E] or
 // null. gating 0: softmax, 1: sigmoid, 2: softmax over the selected logits. select_logits: choose by logits, not scores.
 // groups > 1: only the groups_used groups with the largest sum of their two best take part. renormalise: weights are
-// divided by max(their sum, 2^-14). grid T: a block for each token; shared: 2 E + groups floats, a Best for each warp.
+// divided by max(their sum, 2^-14). They are NaN where a logit or the bias is not finite, of which the choice may show
+// nothing. grid T: a block for each token; shared: 2 E + groups floats, a Best for each warp.
 // Bytes: 4 E; latency-bound (used rounds of two barriers: 32 threads for E <= 128). Called once a MoE layer.
 KERNEL(router)(int* ids, float* weights, const float* logits, const float* bias, int experts, int used, int groups,
                int groups_used, int gating, int select_logits, int renormalise, float scale) {
@@ -14,8 +15,12 @@ KERNEL(router)(int* ids, float* weights, const float* logits, const float* bias,
     logits += (long long)blockIdx.x * experts;
 
     Best top = {-INFINITE, 0x7fffffff};
-    float total = 0.f;
-    for (int e = tid; e < experts; e += threads) top = better(top, Best{logits[e], e});
+    float total = 0.f, zero = 0.f;  // zero: NaN if a logit or the bias is not finite
+    for (int e = tid; e < experts; e += threads) {
+        top = better(top, Best{logits[e], e});
+        zero += logits[e] - logits[e] + (bias ? bias[e] - bias[e] : 0.f);
+    }
+    zero = block_sum(zero, (float*)scratch);
     top = warp_best(top);
     if (lane_id() == 0) scratch[warp_id()] = top;
     __syncthreads();
@@ -78,5 +83,5 @@ KERNEL(router)(int* ids, float* weights, const float* logits, const float* bias,
     total = 0.f;
     for (int r = 0; r < used; r++) total += weights[r];
     const float divisor = renormalise ? fmaxf(total, 6.103515625e-5f) : 1.f;
-    for (int r = 0; r < used; r++) weights[r] = weights[r] / divisor * scale;
+    for (int r = 0; r < used; r++) weights[r] = weights[r] / divisor * scale + zero;
 }

@@ -1,5 +1,5 @@
 // The k largest of each of `splits` parts of logits[t, :], best first, ties to the lower id; launched again on what
-// came out (with x_ids) it gives the k largest of all. A NaN counts as infinity, as in argmax.
+// came out (with x_ids) it gives the k largest of all. What is not finite counts as infinity, as in argmax.
 // values f32 and ids int32 [T, splits, k]; x f32 [T, n]; x_ids int32 [T, n] or null: the ids are the indices. A part
 // is ceil(n / splits) numbers; where a part has fewer than k, the rest are minus infinity with id -1.
 // grid (splits, T); shared: the part in floats, a Best for each warp. Bytes: 4 n; latency-bound: k rounds over shared
@@ -10,7 +10,7 @@ KERNEL(top_k)(float* values, int* ids, const float* x, const int* x_ids, int n, 
     Best* scratch = (Best*)(left + (span + 1) / 2 * 2);
     x += (long long)blockIdx.y * n + from;
     const long long at = ((long long)blockIdx.y * gridDim.x + blockIdx.x) * k;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) left[i] = x[i] == x[i] ? x[i] : INFINITE;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) left[i] = x_ids || fabsf(x[i]) < INFINITE ? x[i] : INFINITE;
     __syncthreads();
     for (int r = 0; r < k; r++) {
         Best best = {-INFINITE, 0x7fffffff};

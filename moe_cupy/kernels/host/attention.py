@@ -11,7 +11,7 @@ from numba import carray, njit
 
 from moe_cupy.kernels.host.layer import exponential
 from moe_cupy.kernels.host.pieces import ask_for, floats_at, shorts_at
-from moe_cupy.kernels.host.rounding import bits_of, float_of, to_half
+from moe_cupy.kernels.host.rounding import bits_of, float_of, nan_unless_finite, to_half
 
 REASSOCIATE = {"reassoc", "contract", "nsz"}
 BLOCK = 8  # tokens of a prompt at a time
@@ -32,8 +32,8 @@ def from_half(half):
 
 @njit(inline="always")
 def half_bits(x):
-    """Bits int16 of the nearest half-precision number, ties to even."""
-    near = bits_of(to_half(x))
+    """Bits int16 of the nearest half-precision number, ties to even; NaN where x is not finite or too large."""
+    near = bits_of(nan_unless_finite(to_half(x)))
     size = near & np.int32(0x7FFFFFFF)
     small = bits_of(float_of(size) / HALF_MAGIC) >> np.int32(13)
     small = np.int32(0x7C00) | ((size >> np.int32(13)) & np.int32(0x3FF)) if size >= np.int32(0x7F800000) else small
@@ -171,15 +171,17 @@ def attend(q, pair, count, kept, factors, seen, out):
     lows, highs = np.empty(count, np.int64), np.empty(count, np.int64)
     for r in range(count):
         t, h = (pair + r) % tokens, (pair + r) // tokens
-        queries[r], scales[r], groups[r] = q[t, h], scale[t], h // per_group
+        scales[r], groups[r] = scale[t], h // per_group
+        for i in range(q.shape[2]):
+            queries[r, i] = nan_unless_finite(q[t, h, i])  # else a score of minus infinity would hide it
         lows[r], highs[r] = oldest(n_past + t, window, chunked), n_past + t + 1
     scores, mixed = np.empty((count, highs[-1] - lows[0]), np.float32), np.empty((count, out.shape[2]), np.float32)
     score(queries, scales, groups, keys, lows[0], scores)
     totals = np.zeros(count, np.float32)
     for r in range(count):
         own = scores[r, lows[r] - lows[0] : highs[r] - lows[0]]
-        top, sink = top_of(own), sinks[(pair + r) // tokens] if sinks.size else np.float32(-np.inf)
-        top = max(top, sink)
+        top, sink = top_of(own), nan_unless_finite(sinks[(pair + r) // tokens]) if sinks.size else np.float32(0)
+        top = sink if sinks.size and sink > top else top
         to_shares(own, top)
         totals[r] = sum_of(own) + (exponential(sink - top) if sinks.size else np.float32(0))
     mix(scores, lows, highs, groups, values, mixed)

@@ -7,6 +7,8 @@ import math
 import numpy as np
 from numba import njit
 
+from moe_cupy.kernels.host.rounding import nan_unless_finite
+
 REASSOCIATE = {"reassoc", "contract", "nsz"}
 
 
@@ -32,10 +34,10 @@ def gates(alpha, beta, dt, a, fade, share):
     """fade = exp(softplus(alpha + dt) * a), share = sigmoid(beta); all [T, H], dt and a [H]."""
     for t in range(alpha.shape[0]):
         for h in range(alpha.shape[1]):
-            x = alpha[t, h] + dt[h]
+            x = nan_unless_finite(alpha[t, h] + dt[h])
             softplus = max(x, np.float32(0)) + np.float32(math.log1p(math.exp(-abs(x))))
-            fade[t, h] = np.float32(math.exp(softplus * a[h]))
-            share[t, h] = np.float32(1) / (np.float32(1) + np.float32(math.exp(-beta[t, h])))
+            fade[t, h] = np.float32(math.exp(nan_unless_finite(softplus * a[h])))
+            share[t, h] = np.float32(1) / (np.float32(1) + np.float32(math.exp(-nan_unless_finite(beta[t, h]))))
 
 
 @njit(fastmath=REASSOCIATE)
@@ -44,7 +46,7 @@ def unit(x, epsilon, y):
     total = np.float32(0)
     for i in range(x.size):
         total += x[i] * x[i]
-    y[:] = x / np.sqrt(total + epsilon)
+    y[:] = x / np.sqrt(nan_unless_finite(total) + epsilon)
 
 
 @njit(fastmath=REASSOCIATE)

@@ -127,14 +127,18 @@ def add(split: Split, x: np.ndarray, factor: float, out: np.ndarray) -> None:
 
 
 def clamp(split: Split, x: np.ndarray, limit: float) -> None:
-    """x within -limit..limit."""
+    """x within -limit..limit; NaN where it is not finite."""
+    unlimited = x - x  # 0, or NaN
     np.clip(x, np.float32(-limit), np.float32(limit), out=x)
+    x += unlimited
 
 
 def softcap(split: Split, x: np.ndarray, limit: float) -> None:
-    """x = limit * tanh(x / limit)."""
+    """x = limit * tanh(x / limit); NaN where it is not finite."""
+    unlimited = x - x  # 0, or NaN
     np.tanh(x / np.float32(limit), out=x)
     x *= np.float32(limit)
+    x += unlimited
 
 
 def activate(split: Split, gate: np.ndarray, up: np.ndarray, kind: str) -> None:
@@ -164,9 +168,18 @@ def hadamard(split: Split, x: np.ndarray, count: int) -> None:
 def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) -> None:
     """cache[position:position+T] = new, rounded to the cache's type; cache [S, G, K], new [T, G, K].
 
-    A cache of uint8 is one of Q8_0 blocks, [S, G, K / 32 * 34].
+    A cache of uint8 is one of Q8_0 blocks, [S, G, K / 32 * 34]. What is not finite, or too large for the type, is NaN
+    there: minus infinity would get no weight in attention, and nobody would see it.
     """
-    cache[position : position + len(new)] = quantize(new, "Q8_0") if cache.dtype == np.uint8 else new
+    rows = cache[position : position + len(new)]
+    if cache.dtype == np.uint8:
+        rows[...] = quantize(new, "Q8_0")
+        steps = rows.reshape(-1, 34)[:, :2].copy().view(np.float16)
+        if not np.isfinite(steps).all():
+            rows.reshape(-1, 34)[:, :2] = (steps + (steps - steps)).view(np.uint8)
+    else:
+        rows[...] = new
+        rows += rows - rows
 
 
 NATIVE = {np.dtype(np.float32): attending.F32, np.dtype(np.float16): attending.F16}  # what attention reads as it is
@@ -342,8 +355,8 @@ def combine(split: Split, parts: np.ndarray, weights: Vector, out: np.ndarray, a
 def top_k(split: Split, logits: np.ndarray, values: np.ndarray, ids: np.ndarray) -> None:
     """The k largest of logits [T, n], best first, ties to the lower id: values and ids int32 [T, k].
 
-    A NaN counts as infinity, so that whoever looks at the values sees it.
+    What is not finite counts as infinity, so that whoever looks at the values sees it.
     """
-    seen = np.where(np.isnan(logits), np.float32(np.inf), logits)
+    seen = np.where(np.isfinite(logits), logits, np.float32(np.inf))
     ids[...] = np.argsort(-seen, axis=-1, kind="stable")[:, : ids.shape[1]]
     values[...] = np.take_along_axis(seen, ids, -1)

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numba import njit
 
+from moe_cupy.kernels.first_use import first_use
 from moe_cupy.kernels.host import jobs as j
 from moe_cupy.kernels.host.pieces import list_rounding
 from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_FOURS, Q8_K_BY_HALVES, new_panel
-from moe_cupy.kernels.first_use import first_use
 from moe_cupy.kernels.host.simd.compiler import rows_address
 from moe_cupy.kernels.host.simd.isa import chosen
 from moe_cupy.kernels.host.simd.nibbles import BY_HALVES

@@ -28,23 +28,35 @@ bits_of = _reinterpret(types.float32, types.int32, ir.IntType(32))
 float_of = _reinterpret(types.int32, types.float32, ir.FloatType())
 
 
+INFINITE = np.int32(0x7F800000)  # bits of infinity; those of NaN, without a sign, are above
+NOT_A_NUMBER = np.float32(np.nan)
+
+
+@njit(inline="always")
+def nan_unless_finite(x):
+    """x, or NaN where it is infinite, which a limit or a softmax could turn into an ordinary number."""
+    return x + (x - x)
+
+
 @njit(inline="always")
 def to_half(x):
-    """The nearest half-precision number, ties to even; too large becomes infinity."""
+    """The nearest half-precision number, ties to even; too large becomes infinity, NaN stays NaN."""
     size = bits_of(x) & np.int32(0x7FFFFFFF)
     sign = bits_of(x) & np.int32(-0x80000000)
     kept = (size + np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))) & np.int32(-0x2000)
     small = bits_of(np.float32(float_of(size) + np.float32(0.75)) - np.float32(0.75))  # to a multiple of 2^-24
     kept = small if size < np.int32(0x38800000) else kept
-    kept = np.int32(0x7F800000) if np.int32(0x477FE000) < kept < np.int32(0x7F800000) else kept
+    kept = INFINITE if np.int32(0x477FE000) < kept < INFINITE else kept
+    kept = np.int32(0x7FC00000) if size > INFINITE else kept
     return float_of(sign | kept)
 
 
 @njit(inline="always")
 def to_bfloat(x):
-    """The nearest number with the upper 16 bits of a float32 alone, ties to even."""
+    """The nearest number with the upper 16 bits of a float32 alone, ties to even; NaN stays NaN."""
     b = bits_of(x)
-    return float_of((b + np.int32(0x7FFF) + ((b >> np.int32(16)) & np.int32(1))) & np.int32(-0x10000))
+    near = (b + np.int32(0x7FFF) + ((b >> np.int32(16)) & np.int32(1))) & np.int32(-0x10000)
+    return float_of(near if b & np.int32(0x7FFFFFFF) <= INFINITE else np.int32(0x7FC00000))
 
 
 @njit(inline="always")
@@ -79,8 +91,11 @@ def sums_in_block(kind):
 
 @njit
 def block_q8_k(x, values, sums):
-    """One block of 256, whose largest magnitude becomes -127 steps; returns the step."""
+    """One block of 256, whose largest magnitude becomes -127 steps; returns the step, NaN unless all are finite."""
     most, extreme = largest(x), np.float32(0)
+    if bits_of(most) >= INFINITE:
+        values[:], sums[:] = 0, 0
+        return NOT_A_NUMBER
     for i in range(x.size):
         if abs(x[i]) == most:
             extreme = x[i]
@@ -162,6 +177,8 @@ def round_q8_k(x, cols, order, most, kind, panel):
 def block_q8_0(x, first, values, at):
     """32 of x as 16 values from ``at`` on and 16 that are 64 bytes on; returns their step and the sum of them times it.
 
+    The step is NaN where one of them is not finite, or all are too large for a step in half precision.
+
     Loops of a length that is known are what the compiler makes vectors of.
     """
     most, total = np.int32(0), np.int32(0)
@@ -174,7 +191,7 @@ def block_q8_0(x, first, values, at):
             value = bits_of(x[first + 16 * half + i] * factor + np.float32(12582912)) - np.int32(0x4B400000)
             values[at + 64 * half + i] = np.int8(value)
             total += value
-    return to_half(step), to_half(step * np.float32(total))
+    return nan_unless_finite(to_half(step)), to_half(step * np.float32(total))
 
 
 @njit

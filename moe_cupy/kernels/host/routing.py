@@ -7,6 +7,8 @@ import math
 import numpy as np
 from numba import njit
 
+from moe_cupy.kernels.host.rounding import NOT_A_NUMBER
+
 SMALLEST_SUM = np.float32(6.103515625e-5)  # llama.cpp's floor for a sum of router weights
 GATINGS = {"softmax": 0, "sigmoid": 1, "softmax over the selected": 2}
 
@@ -67,11 +69,26 @@ def mask_groups(choice, groups, used):
             choice[g * size : (g + 1) * size] = -np.inf
 
 
-@njit("void(f4[:, ::1], f4[::1], UniTuple(i8, 5), f4, i4[:, ::1], f4[:, ::1])", nogil=True, cache=True)
+@njit
+def all_finite(x):
+    """Whether no number of x [n] is NaN or infinite."""
+    zero = np.float32(0)
+    for value in x:
+        zero += value - value
+    return zero == np.float32(0)
+
+
+@njit(
+    "void(f4[:, ::1], f4[::1], UniTuple(i8, 5), f4, i4[:, ::1], f4[:, ::1])",
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+)
 def route(logits, bias, rule, scale, ids, weights):
     """logits [T, E], bias [E] or [0] (for selection alone) -> ids, weights [T, k], best first.
 
-    ``rule`` is (gating, by_logit, groups, groups_used, renormalise).
+    ``rule`` is (gating, by_logit, groups, groups_used, renormalise). The weights of a token are NaN where a logit or
+    the bias is not finite, of which the choice may show nothing.
     """
     gating, by_logit, groups, groups_used, renormalise = rule
     p, choice = np.empty(logits.shape[1], np.float32), np.empty(logits.shape[1], np.float32)
@@ -93,5 +110,7 @@ def route(logits, bias, rule, scale, ids, weights):
         for r in range(ids.shape[1]):
             total += weights[t, r]
         divisor = max(total, SMALLEST_SUM) if renormalise else np.float32(1)
+        if not (all_finite(logits[t]) and all_finite(bias)):
+            divisor = NOT_A_NUMBER
         for r in range(ids.shape[1]):
             weights[t, r] = weights[t, r] / divisor * scale

@@ -15,7 +15,7 @@ from moe_cupy.kernels.host import jobs as j
 from moe_cupy.kernels.host import layer, routing
 from moe_cupy.kernels.host import pieces as p
 from moe_cupy.kernels.host.products import give
-from moe_cupy.kernels.host.rounding import float_of, new_panel, round_rows
+from moe_cupy.kernels.host.rounding import float_of, nan_unless_finite, new_panel, round_rows
 
 STEP = 18
 MULTIPLY, ADD, NORM, ROPE, STORE, ATTEND, ROUTE, COMBINE, ADJUST, ACTIVATE, GATE = range(11)
@@ -106,7 +106,9 @@ def store(s, position):
         for i in range(new.size):
             kept[i] = attending.half_bits(new[i])
     else:
-        floats(s[OUT] + 4 * position * s[N], s[N])[:] = new
+        kept = floats(s[OUT] + 4 * position * s[N], s[N])
+        for i in range(new.size):
+            kept[i] = nan_unless_finite(new[i])
 
 
 @njit

@@ -89,6 +89,11 @@ inline float __int_as_float(int bits) {
     memcpy(&value, &bits, 4);
     return value;
 }
+inline int __float_as_int(float value) {
+    int bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }  // the build says -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __float2int_rn(float x) { return (int)rintf(x); }
