@@ -260,7 +260,7 @@ class Engine:
             return
         with progress("prompt", len(ids) * len(self.config.layers)) as self.forward.progress:
             yield from steps
-        self.forward.progress = lambda tokens: None
+        self.forward.progress = None
 
     def _offer(self, ids: np.ndarray, sampler: Sampler, is_prompt: bool) -> Offer:
         """Feed ``ids`` [T], at most ubatch_size; a device with memory of its own finds the logits that count."""

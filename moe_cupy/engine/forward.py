@@ -46,10 +46,6 @@ def _guessed(block: Block) -> Any:
     return networks.route(block, networks.router_logits(block, "ahead ")[1], "ahead ")[0]
 
 
-def ignore(tokens: int) -> None:
-    """Nobody watches how far a pass is."""
-
-
 def _scaled(block: Block) -> None:
     """What a layer puts out, times its scale."""
     block.launch("scale", x=block.run.x, factor=float(block.weights.scales["layer_output_scale"][0]))
@@ -82,7 +78,7 @@ class Forward:
         self.mover, self.prefetcher = mover, prefetcher
         self.stream = device.stream("compute")
         self.observe: RouteObserver | None = None
-        self.progress: Callable[[int], object] = ignore  # given the number of tokens that passed a layer
+        self.progress: Callable[[int], object] | None = None  # given the number of tokens that passed a layer
         self._launch: Callable[..., None] = partial(device.launch, stream=self.stream)
         self._decode_scratch = Scratch(device, self.stream, stays=True)
         self._again: Recorder | Unrecorded = Recorder(device, self.stream)
@@ -155,7 +151,8 @@ class Forward:
             self._again("dense", block, networks.dense)
         if "layer_output_scale" in block.weights.scales:
             self._again("scale", block, _scaled)
-        self.progress(len(block.run.x))
+        if self.progress is not None:
+            self.progress(len(block.run.x))
 
     def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
         """The residual stream as it begins, and what depends on positions alone, sent to the device."""

@@ -21,7 +21,7 @@ import numpy as np
 from moe_cupy.engine import networks
 from moe_cupy.engine.block import Block, Pass, Scratch
 from moe_cupy.engine.choosing import Offer
-from moe_cupy.engine.forward import Forward, RouteObserver, Routes, ignore
+from moe_cupy.engine.forward import Forward, RouteObserver, Routes
 from moe_cupy.engine.split import EMBEDDING, Split
 from moe_cupy.engine.weights import Linear
 from moe_cupy.plan.rules import CPU, GPU
@@ -146,7 +146,7 @@ class TwoDevices:
     def __init__(self, split: Split, movers: dict[str, Any], config: Any, weights: Any, prefetcher: Any):
         self.split = split
         self.halves = {at: Half(at, split, config, weights, movers.get(at), prefetcher) for at in (GPU, CPU)}
-        self.progress: Callable[[int], object] = ignore
+        self.progress: Callable[[int], object] | None = None
         self.halves[GPU].other, self.halves[CPU].other = self.halves[CPU], self.halves[GPU]
 
     @property
@@ -187,7 +187,8 @@ class TwoDevices:
                 at = self._moved(at.other)
             if index < len(self.split.experts):
                 at.layer(index)
-                self.progress(len(tokens))
+                if self.progress is not None:
+                    self.progress(len(tokens))
         return at
 
     def _moved(self, to: Half) -> Half:

@@ -1,0 +1,50 @@
+"""What commands do before they run a model: the kernels are made ready, the engine is opened, and both are said."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from moe_ref.console import note, warn
+
+
+def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """Run a command once the kernels are there; that they are compiled is said where it has to be done."""
+    from moe_cupy.numba_cache import compilation_told
+
+    with compilation_told(sys.stderr):
+        import_module("moe_cupy.engine")
+        if getattr(args, "device", "host") != "cuda":
+            import_module("moe_cupy.kernels.host.ops")
+    return run(args)
+
+
+def open_engine(args: argparse.Namespace) -> Any:
+    """The engine that the flags describe; says on stderr which device and placement were chosen."""
+    from moe_cupy.engine import Engine, Options
+    from moe_cupy.numba_cache import compilation_told
+    from moe_cupy.plan_commands import placement_lines
+
+    for line in placement_lines(args):
+        note(line)
+    names = Options.__dataclass_fields__
+    options = {name: value for name, value in vars(args).items() if name in names}
+    with compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
+        engine = Engine(args.model, progress=True, **options)
+    note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
+    if args.verbose:
+        from moe_cupy.tools.report import tensor_lines
+
+        note("\n".join(tensor_lines(engine)))
+    if engine.kv.capacity > engine.config.context_length:
+        warn(f"-c {engine.kv.capacity}: this model was made for {engine.config.context_length} tokens; "
+             "what it writes beyond them is not to be trusted")  # fmt: skip
+    if args.threads:
+        from moe_cupy.device.host import usable_cores
+
+        if args.threads > usable_cores():
+            note(f"-t {args.threads}: there are {usable_cores()} cores; more threads than that are slower")
+    return engine
