@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from moe_cupy.engine_flags import add_engine
+from moe_cupy.engine_parser import BenchParser, CommandParser, EngineParser
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
 from moe_cupy.plan_flags import add_plan
 from moe_cupy.tools.gpu_check.command import add_gpu_check
@@ -30,13 +31,14 @@ from moe_ref.command import (
     token_list,
     whole_file,
 )
-from moe_ref.parser import Parser
 
 
 def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     """Run a command once the kernels are there; that they are compiled is said where it has to be done."""
     from moe_cupy.numba_cache import compilation_told
 
+    for remark in getattr(args, "remarks", ()):
+        note(remark)
     with compilation_told(sys.stderr):
         import_module("moe_cupy.engine")
         if getattr(args, "device", "host") != "cuda":
@@ -54,6 +56,7 @@ def open_engine(args: argparse.Namespace) -> Any:
         note(line)
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
+    options["ubatch_size"] = min(args.ubatch_size, args.batch_size or args.ubatch_size)  # as llama.cpp bounds it
     with compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
         engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
     note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
@@ -87,7 +90,8 @@ def cmd_run(args: argparse.Namespace) -> None:
         if not 1 <= len(ids) <= engine.kv.capacity:
             raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{engine.kv.capacity} (-c)")
         decoder, made = StreamDecoder(engine.tokenizer), []
-        print(text, end="", flush=True)
+        if args.display_prompt:
+            print(text, end="", flush=True)
         for token in engine.generate_tokens(ids, args.predict, sampler, engine.tokenizer.eog_ids):
             made.append(token)
             print(decoder.push(token), end="", flush=True)
@@ -247,18 +251,22 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line contract."""
-    parser = Parser("moe_cupy", description="Run mixture-of-experts models that do not fit.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = CommandParser("moe_cupy", description="Run mixture-of-experts models that do not fit.")
+    kinds: Any = lambda kind=CommandParser, **kwargs: kind(**kwargs)  # noqa: E731
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=kinds)
 
-    def command(name: str, run: Any, engine: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0].replace("%", "%%"), description=run.__doc__)
+    def command(name: str, run: Any, engine: bool = True, kind: Any = CommandParser) -> argparse.ArgumentParser:
+        about = run.__doc__.splitlines()[0].replace("%", "%%")
+        sub = commands.add_parser(name, help=about, description=run.__doc__, kind=EngineParser if engine else kind)
         sub.set_defaults(run=run if name == "repack" else partial(with_kernels, run))
         if engine:
             add_engine(sub, "f32")  # compared with moe_ref
         return sub
 
-    run = command("run", cmd_run, engine=False)
+    run = command("run", cmd_run, engine=False, kind=EngineParser)
     add_prompt(run)
+    either = argparse.BooleanOptionalAction
+    run.add_argument("--display-prompt", action=either, default=True, help="write the prompt before its continuation")
     add_sampling(run)
     add_engine(run, "q8")
     logits = command("logits", cmd_logits)
@@ -270,7 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")
-    _add_bench(command("bench", cmd_bench, engine=False))
+    _add_bench(command("bench", cmd_bench, engine=False, kind=BenchParser))
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
     doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")

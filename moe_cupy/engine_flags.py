@@ -25,6 +25,7 @@ def _add_context(group: Any) -> None:
     add = group.add_argument
     add("-c", "--ctx-size", type=int, default=0, metavar="N", help="context; 0: the model's, at most 4096 (default)")
     add("-ub", "--ubatch-size", type=int, default=512, metavar="N", help="prompt tokens at a time")
+    add("-b", "--batch-size", type=number(1), metavar="N", help="bounds -ub, as in llama.cpp")
     add("-ctk", "--cache-type-k", default="f32", metavar="TYPE", help="type of cached keys: f32 (default), f16, q8_0")
     add("-ctv", "--cache-type-v", default="f32", metavar="TYPE", help="type of cached values: f32 (default), f16, q8_0")
 
@@ -36,7 +37,7 @@ def _add_computing(group: Any, act: str, threads: Any) -> None:
     add("--act", choices=("f32", "q8"), default=act, help="activations where they meet quantized weights: exact, or "
         "rounded to 8 bits as llama.cpp does, several times faster")  # fmt: skip
     add("--decode", choices=["host", "device"], default="host", help="where it is decided what is loaded")
-    add("-v", "--verbose", action="store_true", help="list every tensor with its place and why")
+    add("-v", "--verbose", "--log-verbose", action="store_true", help="list every tensor with its place and why")
 
 
 def _add_experts(group: Any) -> None:

@@ -13,17 +13,19 @@ SUMMARY = "Where every tensor goes, how fast it will be and why, what would help
 
 
 class AddOverrides(argparse.Action):
-    """Rules of -ot, --cpu-moe and --n-cpu-moe in one list, in the order in which they stand on the command line."""
+    """The rules of all flags that place tensors in one list, in the order of the command line."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        from moe_cupy.plan.rules import cpu_moe, n_cpu_moe, parse_overrides
+        from moe_cupy.plan.rules import cpu_moe, n_cpu_ffn, n_cpu_moe, parse_overrides
 
         rules = list(namespace.overrides)
         try:
             if option in ("-ot", "--override-tensor"):
                 rules += parse_overrides(values)
+            elif option in ("-cmoe", "--cpu-moe"):
+                rules += cpu_moe()
             else:
-                rules += cpu_moe() if option in ("-cmoe", "--cpu-moe") else n_cpu_moe(values)
+                rules += (n_cpu_ffn if option in ("-ncffn", "--n-cpu-ffn") else n_cpu_moe)(values)
         except PlanError as error:
             parser.error(str(error))
         namespace.overrides = rules
@@ -39,8 +41,18 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     add("-cmoe", "--cpu-moe", action=AddOverrides, nargs=0, help="all experts in host memory")
     add("-ncmoe", "--n-cpu-moe", action=AddOverrides, type=number(0, 4096), metavar="N",
         help="experts of the first N layers in host memory")  # fmt: skip
+    add("-ncffn", "--n-cpu-ffn", action=AddOverrides, type=number(0, 4096), metavar="N",
+        help="dense networks of the first N layers in host memory")  # fmt: skip
     add("-fit", "--fit", choices=["on", "off"], default="on", help="choose what is not given (default on)")
-    add("-fitt", "--fit-target", type=number(0, 10**6), default=1024, metavar="MIB", help="VRAM to leave free")
+    add(
+        "-fitt",
+        "--fit-target",
+        "--fit-margin",
+        type=number(0, 10**6),
+        default=1024,
+        metavar="MIB",
+        help="VRAM to leave free",
+    )
     add("-fitc", "--fit-ctx", type=number(1), default=4096, metavar="N", help="smallest context to choose")
 
 

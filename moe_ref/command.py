@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -247,17 +248,35 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     add = prompt.add_argument
     add("-n", "--predict", "--n-predict", type=number(-1), default=-1, metavar="N", help="tokens; -1 until it ends")
     add("-cnv", "--conversation", action="store_true", help="send the prompt as a chat message")
-    add("-sys", "--system-prompt", metavar="TEXT", help="system message, with -cnv")
+    system = prompt.add_mutually_exclusive_group().add_argument
+    system("-sys", "--system-prompt", metavar="TEXT", help="system message, with -cnv")
+    system("-sysf", "--system-prompt-file", metavar="FILE", help="read it from a file")
+    add("-e", "--escape", action="store_true", help=r"read \n, \r, \t, \', \", \\ and \xHH in -p and -sys")
 
 
 def prompt_text(args: argparse.Namespace, metadata: Any) -> str:
     """The prompt as the model shall see it: as given, or through the file's chat template with -cnv."""
     text = args.prompt if args.prompt is not None else read_text(args.file)
+    system = read_text(args.system_prompt_file) if args.system_prompt_file else args.system_prompt
+    if args.escape:
+        text, system = unescaped(text), system and unescaped(system)
     if not args.conversation:
-        if args.system_prompt:
+        if system:
             raise RequestError("-sys needs -cnv: a system message exists only in a conversation")
         return text
     from moe_ref.chat import render_chat
 
-    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-    return render_chat(metadata, [*system, {"role": "user", "content": text}])
+    messages = [{"role": "system", "content": system}] if system else []
+    return render_chat(metadata, [*messages, {"role": "user", "content": text}])
+
+
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    """Escape sequences as llama.cpp's -e reads them; an unknown one stays as it is."""
+
+    def meant(match: re.Match[str]) -> str:
+        return chr(int(match[2], 16)) if match[2] else ESCAPES[match[1]]
+
+    return re.sub(r"""\\([nrt'"\\]|x([0-7][0-9a-fA-F]))""", meant, text)

@@ -51,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "plan_commands": {"*"},
     "plan_flags": {"*"},
     "engine_flags": {"*"},
+    "engine_parser": {"plan", "moe_ref.parser"},
     "profile_command": {"*"},
     "demo": {"*"},
     "__main__": {"cli"},

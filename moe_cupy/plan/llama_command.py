@@ -6,20 +6,16 @@ Every flag of both (``data/flags.toml``) is planned with, told about, or named a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 
 from moe_cupy.plan.cost import NEVER, THRESHOLD
+from moe_cupy.plan.flag_table import OPTIONAL_VALUE, flags_of_environment, others, spellings
 from moe_cupy.plan.llama_words import LOOKS_WINDOWS, another_program, environment, program_and_flags, split_words
 from moe_cupy.plan.memory import MIB
 from moe_cupy.plan.planner import Request
 from moe_cupy.plan.rules import CPU, GPU, Override, cpu_moe, n_cpu_ffn, n_cpu_moe, parse_overrides
 from moe_cupy.plan.tables import PlanError, table
 
-ON_OFF = {"on": "on", "1": "on", "true": "on", "enabled": "on", "off": "off", "0": "off", "false": "off",
-          "disabled": "off"}  # fmt: skip
-OPTIONAL_VALUE = {"fa": ON_OFF | {"auto": "auto", "-1": "auto"}, "fit": ON_OFF}
 IK_FLAGS = ("-fmoe", "-rtr", "-amb", "-mla", "-ser", "-ooae", "-no-ooae", "-no-fmoe", "-muge", "-mqkv", "-ger", "-gr",
             "-sas", "-smgs", "-khad", "-vhad", "-cuda", "-op", "-okv", "--fit-margin")  # fmt: skip
 NUMBERS = ("ngl", "ncmoe", "ncffn", "ctx", "ubatch", "batch", "threads")
@@ -53,26 +49,11 @@ class Said:
     is_ik: bool = False
 
 
-@cache
-def spellings() -> dict[str, tuple[str, bool]]:
-    """Flag -> (name, whether a value follows) of what is planned with."""
-    flags = table("flags")
-    return {s: (name, kind == "value") for kind in ("value", "switch") for name, ss in flags[kind].items() for s in ss}
-
-
-@cache
-def others() -> dict[str, tuple[str, bool]]:
-    """Flag -> (what is said of it, "" if nothing, whether a value follows) of all others."""
-    flags = table("flags")
-    found = {flag: ("", kind == "value") for kind in ("value", "switch") for flag in flags["no_matter"][kind]}
-    return found | {flag: (row["text"], row["value"]) for row in flags["told"] for flag in row["flags"]}
-
-
 def read_command(text: str) -> Command:
     """A command line as a request. Raises PlanError for what the engine itself would refuse."""
     before, words = program_and_flags(split_words(text))
     around = environment(before)
-    words = [*flags_of_environment(around), *words]
+    words = [*(word for flag in flags_of_environment(around) for word in flag), *words]
     said = Said()
     i = 0
     while i < len(words):
@@ -96,19 +77,6 @@ def read_command(text: str) -> Command:
     made.threads = int(threads) if re.fullmatch(r"[1-9]\d{0,3}", threads) else None
     made.remarks = [*another_program(before), *remarks_on(said), *remarks_on_environment(around)]
     return made
-
-
-def flags_of_environment(around: dict[str, str]) -> Iterator[str]:
-    """LLAMA_ARG_* as the flags they stand for; flags on the line come later and win."""
-    known = table("flags")["environment"]
-    for name, value in around.items():
-        if name in known:
-            flag = known[name]
-            takes_value = (spellings() | others())[flag][1]
-            if takes_value:
-                yield from (flag, value)
-            elif ON_OFF.get(value.lower()) == "on":
-                yield flag
 
 
 def _take(words: list[str], i: int, said: Said) -> int:

@@ -15,12 +15,13 @@ import pytest
 
 from moe_cupy.__main__ import main
 from moe_cupy.plan.choose import make_plan
-from moe_cupy.plan.emit import ENGINES, command, numbers_below, quote
+from moe_cupy.plan.emit import command, numbers_below, quote
 from moe_cupy.plan.hardware import machine_called
 from moe_cupy.plan.llama_command import read_command
 from moe_cupy.plan.planner import Request, static_plan
 from moe_cupy.plan.rules import n_cpu_moe, parse_overrides
 from moe_cupy.plan.shapes import preset
+from moe_cupy.plan.tables import ENGINES
 from moe_ref.split import open_model
 
 ARCHS = Path(__file__).resolve().parents[2] / "data" / "archs"

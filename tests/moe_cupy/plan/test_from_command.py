@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from moe_cupy.__main__ import main
 from moe_cupy.plan import PlanError
 from moe_cupy.plan.advice import changes
+from moe_cupy.plan.flag_table import others, spellings
 from moe_cupy.plan.hardware import machine_called
-from moe_cupy.plan.llama_command import others, read_command, spellings
+from moe_cupy.plan.llama_command import read_command
 from moe_cupy.plan.llama_words import split_words
 from moe_cupy.plan.memory import use_of
 from moe_cupy.plan.planner import Request, static_plan
