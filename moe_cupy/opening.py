@@ -15,6 +15,8 @@ def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namesp
     """Run a command once the kernels are there; that they are compiled is said where it has to be done."""
     from moe_cupy.numba_cache import compilation_told
 
+    for remark in getattr(args, "remarks", ()):
+        note(remark)
     with compilation_told(sys.stderr):
         import_module("moe_cupy.engine")
         if getattr(args, "device", "host") != "cuda":
@@ -32,8 +34,9 @@ def open_engine(args: argparse.Namespace) -> Any:
         note(line)
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
+    options["ubatch_size"] = min(args.ubatch_size, args.batch_size or args.ubatch_size)  # as llama.cpp bounds it
     with compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
-        engine = Engine(args.model, progress=True, **options)
+        engine = Engine(args.model, **{"progress": True} | options)
     note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
     if args.verbose:
         from moe_cupy.tools.report import tensor_lines

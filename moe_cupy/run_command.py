@@ -7,8 +7,8 @@ from typing import Any
 
 from moe_cupy.opening import open_engine
 from moe_ref.command import RequestError, prompt_text
-from moe_ref.console import note, print_json
-from moe_ref.generation import Generation, sampler_of
+from moe_ref.console import note, print_json, warn
+from moe_ref.generation import Generation, print_text, sampler_of
 
 
 def cmd_run(args: argparse.Namespace) -> None:
@@ -22,24 +22,15 @@ def cmd_run(args: argparse.Namespace) -> None:
         ids = engine.tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
         if not 1 <= len(ids) <= engine.kv.capacity:
             raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{engine.kv.capacity} (-c)")
-        made = print_text(engine, text, engine.generate_tokens(ids, args.predict, sampler, engine.tokenizer.eog_ids))
+        tokens = engine.generate_tokens(ids, args.predict, sampler, engine.tokenizer.eog_ids)
+        made = print_text(engine.tokenizer, text if args.display_prompt else "", tokens)
         report(engine, Generation(sampler, len(ids), made, args.predict, engine.kv.capacity), args.json)
-
-
-def print_text(engine: Any, prompt: str, tokens: Any) -> list[int]:
-    """The prompt once it has been read, for progress is shown until then, and what follows; returns the tokens."""
-    from moe_ref.tokenizer import StreamDecoder
-
-    decoder, made = StreamDecoder(engine.tokenizer), []
-    for token in tokens:
-        print("" if made else prompt, end=decoder.push(token), flush=True)
-        made.append(token)
-    print("" if made else prompt, end=decoder.flush() + "\n", flush=True)
-    return made
 
 
 def report(engine: Any, generation: Generation, as_json: bool) -> None:
     """The statistics of a run."""
+    if generation.is_truncated:
+        warn(f"stopped after {len(generation.tokens)} tokens: the context of {generation.capacity} is full (-c)")
     if not as_json:
         from moe_cupy.tools.report import run_report
 

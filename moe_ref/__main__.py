@@ -28,7 +28,7 @@ from moe_ref.command import (
 )
 from moe_ref.common_flags import add_common
 from moe_ref.console import note, print_json, with_progress
-from moe_ref.generation import Generation, rows_text, sampler_of
+from moe_ref.generation import Generation, layers_shown, print_text, rows_text, sampler_of, shown_logits
 from moe_ref.gguf import open_gguf
 from moe_ref.inspect import describe, table
 from moe_ref.model import Model
@@ -59,7 +59,7 @@ def open_rounded(args: argparse.Namespace) -> Model:
 def cmd_logits(args: argparse.Namespace) -> None:
     """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
     tokens = token_list(args.tokens)
-    logits = open_rounded(args).logits(tokens).astype(np.float32)
+    logits = shown_logits(open_rounded(args), tokens).astype(np.float32)
     with whole_file(args.output) as out:
         np.savez(out, tokens=np.array(tokens, np.int32), logits=logits)
     note(f"{args.output}: logits of {len(tokens)} tokens, vocabulary {logits.shape[1]}")
@@ -68,7 +68,8 @@ def cmd_logits(args: argparse.Namespace) -> None:
 def continuation(model: Model, ids: Sequence[int], n_predict: int, sampler: Sampler, stop: frozenset[int]) -> Iterator:
     """Yield token ids that follow ``ids`` until ``n_predict``, an id of ``stop``, or the end of the context."""
     cache = model.new_cache()
-    logits = model.forward(ids, cache)[-1]
+    with layers_shown(model):
+        logits = model.forward(ids, cache)[-1]
     count = 0
     while count != n_predict and (token := sampler.sample(logits)) not in stop:
         yield token
@@ -80,7 +81,7 @@ def continuation(model: Model, ids: Sequence[int], n_predict: int, sampler: Samp
 
 def cmd_generate(args: argparse.Namespace) -> None:
     """Text as it comes."""
-    from moe_ref.tokenizer import StreamDecoder, load_tokenizer
+    from moe_ref.tokenizer import load_tokenizer
 
     model = open_rounded(args)
     tokenizer = load_tokenizer(model.file.metadata)
@@ -89,12 +90,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     if not ids or len(ids) > model.config.context_length:
         raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{model.config.context_length}")
     sampler = sampler_of(args)
-    decoder, made = StreamDecoder(tokenizer), []
-    print(text, end="", flush=True)
-    for token in continuation(model, ids, args.predict, sampler, tokenizer.eog_ids):
-        made.append(token)
-        print(decoder.push(token), end="", flush=True)
-    print(decoder.flush())
+    made = print_text(tokenizer, text, continuation(model, ids, args.predict, sampler, tokenizer.eog_ids))
     generation = Generation(sampler, len(ids), made, args.predict, model.config.context_length)
     if args.json:
         print_json({"prompt": text} | generation.record(tokenizer.decode(made, continues=True)))
@@ -148,7 +144,8 @@ def cmd_quantize(args: argparse.Namespace) -> None:
             note(f"note: {remark}")
         with whole_file(args.output) as out:
             file_type = MIXES[name][1] if name in MIXES else FILE_TYPES[name]
-            for i, done in enumerate(write_quantized(file, chosen, file_type, out), 1):
+            steps = with_progress(write_quantized(file, chosen, file_type, out), "tensors", len(chosen))
+            for i, done in enumerate(steps, 1):
                 change = f"{done['from']} -> {done['to']}, relative error {done['error']:.4f}"
                 note(f"{i}/{len(chosen)} {done['name']} {change if done['from'] != done['to'] else done['to']}")
             before, after = sum(t.nbytes for t in file.tensors.values()), out.tell()

@@ -214,10 +214,20 @@ class _Model(argparse.Action):
         namespace.model = values
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model, as the first argument or as -m, whichever a person types."""
-    parser.add_argument("model_argument", metavar="MODEL", nargs="?", action=_Model, help="GGUF file")
-    parser.add_argument("-m", "--model", action=_Model, metavar="MODEL", help="the GGUF file, as in llama.cpp")
+class _Models(argparse.Action):
+    """Collects models from their place and from each -m, several with commas between; a file may have commas too."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if values is not None:
+            named = [values] if os.path.exists(values) else values.split(",")
+            namespace.model = [*(getattr(namespace, "model", None) or []), *named]
+
+
+def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The model, as the first argument or as -m, whichever a person types; ``several``: a list of models."""
+    kind, more = (_Models, "; several with commas between, or -m again") if several else (_Model, "")
+    parser.add_argument("model_argument", metavar="MODEL", nargs="?", action=kind, help="GGUF file")
+    parser.add_argument("-m", "--model", action=kind, metavar="MODEL", help=f"the GGUF file, as in llama.cpp{more}")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

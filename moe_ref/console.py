@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 DELAY_S = 2.0  # work that takes no longer shows no progress
 EVERY_S = 10.0  # between two lines of progress where there is no bar
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
 
 
 class Settings:
     """How this process prints; a command line sets it once, before its command runs."""
 
     quiet: bool = False
-    bar: Callable[..., Any] | None = None  # draws progress on a terminal, with the keywords of tqdm.tqdm
+    bar: Any = None  # tqdm.tqdm, or nothing: draws progress on a terminal
 
 
 def note(message: str) -> None:
@@ -36,7 +37,11 @@ def warn(message: str) -> None:
 
 
 def _print(message: str) -> None:
-    if sys.stderr is not None:  # None where the caller closed it; print would take stdout instead
+    if sys.stderr is None:  # the caller closed it; print would take stdout instead
+        return
+    if Settings.bar is not None and sys.stderr.isatty():
+        Settings.bar.write(message, file=sys.stderr)  # above a bar that is there
+    else:
         print(message, file=sys.stderr, flush=True)
 
 
@@ -54,7 +59,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
     if Settings.quiet or sys.stderr is None:
         yield lambda count: None
     elif Settings.bar is not None and sys.stderr.isatty():
-        with Settings.bar(total=total, desc=what, delay=DELAY_S, leave=False, file=sys.stderr) as bar:
+        with Settings.bar(total=total, desc=what, delay=DELAY_S, leave=False, bar_format=BAR, file=sys.stderr) as bar:
             yield bar.update
     else:
         yield _Lines(what, total).update
@@ -74,7 +79,7 @@ class _Lines:
         if now >= self.due and self.done < self.total:
             self.due = now + EVERY_S
             left = (now - self.begun) / self.done * (self.total - self.done)
-            note(f"{self.what}: {self.done} of {self.total}, about {duration(left)} left")
+            note(f"{self.what}: {self.done / self.total:.0%}, about {duration(left)} left")
 
 
 def duration(seconds: float) -> str:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from moe_ref.console import progress
 from moe_ref.sampling import Sampler
+
+if TYPE_CHECKING:
+    from moe_ref.model import Model
+    from moe_ref.tokenizer import Tokenizer
 
 
 def sampler_of(args: argparse.Namespace) -> Sampler:
@@ -52,7 +60,7 @@ class Generation:
     def why_it_ended(self) -> str:
         """The finish reason as a person reads it."""
         if self.is_truncated:
-            return f"length: the context of {self.capacity} tokens is full (-c)"
+            return "length: the context is full (-c)"
         return "length: as many tokens as -n asks for" if self.finish_reason == "length" else "stop token"
 
     def rows(self) -> list[tuple[str, str]]:
@@ -73,7 +81,44 @@ class Generation:
         }
 
 
-def rows_text(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and what they are, a line each, in two columns."""
-    width = max(len(name) for name, _ in rows)
+def rows_text(rows: Sequence[tuple[str, str]], width: int = 0) -> str:
+    """Names, in a column of at least ``width``, and what they are, a line each."""
+    width = max(width, *(len(name) for name, _ in rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def print_text(tokenizer: Tokenizer, prompt: str, tokens: Iterable[int]) -> list[int]:
+    """Print the prompt once it has been read, as progress is shown until then, and what follows; its tokens."""
+    from moe_ref.tokenizer import StreamDecoder
+
+    decoder = StreamDecoder(tokenizer)
+    made: list[int] = []
+    for token in tokens:
+        print("" if made else prompt, end=decoder.push(token), flush=True)
+        made.append(token)
+    print("" if made else prompt, end=decoder.flush() + "\n", flush=True)
+    return made
+
+
+@contextmanager
+def layers_shown(model: Model) -> Iterator[None]:
+    """Show how far the next pass of the reference is."""
+    before = model.observe
+    with progress("prompt", len(model.config.layers)) as done:
+
+        def observe(name: str, array: np.ndarray) -> None:
+            before(name, array)
+            if name.startswith("l_out"):
+                done(1)
+
+        model.observe = observe
+        try:
+            yield
+        finally:
+            model.observe = before
+
+
+def shown_logits(model: Model, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Logits [T, vocab] of ``tokens`` [T], showing how far they are."""
+    with layers_shown(model):
+        return model.logits(tokens)

@@ -8,6 +8,7 @@ from moe_cupy.engine import Engine
 from moe_cupy.engine.stats import Stats
 from moe_cupy.plan.report import PLACES
 from moe_cupy.plan.rules import GPU
+from moe_ref.generation import rows_text
 
 ON_NONE = "-"  # a number that launches are given
 
@@ -47,6 +48,13 @@ def side_by_side(columns: Sequence[tuple[str, Stats]]) -> str:
     cells += [[name, *(row[i][1] for row in rows)] for i, (name, _) in enumerate(rows[0])]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def run_report(stats: Stats, more: Sequence[tuple[str, str]]) -> str:
+    """The figures of one run, the time that was no part of its speeds, and ``more`` rows."""
+    once = [("kernels", f"{stats.warmup_seconds:.2f} s to load at their first use; not part of the speeds")]
+    lines = side_by_side([("", stats)]).splitlines()[1:]
+    return "\n".join([*lines, rows_text([*(once if stats.warmup_seconds >= 0.005 else []), *more], width=16)])
 
 
 def places(engine: Engine) -> dict[str, str]:
