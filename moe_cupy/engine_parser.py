@@ -83,17 +83,24 @@ class EngineParser(CommandParser):
 
     def _values(self, flag: str, words: Sequence[str], i: int) -> tuple[list[str], int]:
         """The values of the known flag at ``words[i]``, and where the next word begins."""
-        from moe_cupy.plan.flag_table import values_of
+        from moe_cupy.plan.flag_table import table, values_of, wrong_value
 
         _, equals, value = words[i].partition("=")
-        if equals:
-            return [value], i + 1
-        count = values_of(flag, words[i + 1 :])
-        if not count and self.gives_switches_values and i + 1 < len(words) and ZERO_OR_ONE.fullmatch(words[i + 1]):
+        behind = [value] if equals else list(words[i + 1 :])
+        count = values_of(flag, behind)
+        if not count and behind and (equals or self._is_a_value(flag, behind[0], table("flags")["parser"]["words"])):
             count = 1
-        if i + count >= len(words):
+        if count > len(behind):
             self.error(f"{flag}: expected a value behind it")
-        return list(words[i + 1 : i + 1 + count]), i + 1 + count
+        if count == 1 and not self.gives_switches_values and (wrong := wrong_value(flag, behind[0])):
+            self.error(f"{flag} {behind[0][:40]}: {wrong}")
+        return behind[:count], i + 1 + (0 if equals else count)
+
+    def _is_a_value(self, flag: str, word: str, with_words: Mapping[str, Any]) -> bool:
+        """Whether the word behind a flag that need not have a value is one: no flag, and no other argument."""
+        if self.gives_switches_values:
+            return ZERO_OR_ONE.fullmatch(word) is not None
+        return flag in with_words and not word.startswith("-")
 
     def error(self, message: str) -> NoReturn:
         around = getattr(self, "_around", [])

@@ -57,7 +57,8 @@ def cmd_plan(args: argparse.Namespace) -> None:
             print_json(no_plan(model, machine, str(error)))
         raise
     if said:
-        plan = replace(plan, warnings=(*plan.warnings, *said.remarks))
+        refused = (f"llama.cpp refuses this line: {why}" for why in said.refused)
+        plan = replace(plan, warnings=(*refused, *plan.warnings, *said.remarks))
     elif request.is_manual:
         note("note: placement flags given by hand: --fit is off" if args.fit == "on" else "note: --fit is off")
     if args.plot:
@@ -66,6 +67,8 @@ def cmd_plan(args: argparse.Namespace) -> None:
         plot_sizes(model, machine, request, args.plot, curve)
         note(f"{args.plot}: predicted speed against cache size")
     show(args, plan, curve)
+    if said and said.refused:
+        raise PlanError(f"llama.cpp refuses this line: {'; '.join(said.refused)}")
     if plan.too_full:
         raise DoesNotFit(plan.too_full)
 

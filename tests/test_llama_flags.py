@@ -37,9 +37,9 @@ def parsed(words, capsys, parser=None):
 
 
 def test_all_flags_of_llama_cpp_are_in_the_table_with_as_many_values_as_they_take():
-    """Names, arity and environment as its argument table has them: 354 options in 0.5.0-dev."""
-    assert len(OPTIONS) > 350 and len(LLAMA["llama-bench"]) > 70
-    for names, negated, kind, variable in OPTIONS:
+    """Names, arity and environment as its argument table has them: 355 options in 0.5.0-dev."""
+    assert len(OPTIONS) == 355 and len(LLAMA["llama-bench"]) > 70
+    for names, negated, kind, variable, _ in OPTIONS:
         for name in (*names, *negated):
             assert is_known(name), name
             assert values_of(name, ["x", "y"]) == {"void": 0, "bool": 0, "str_str": 2}.get(kind, 1) or name in (
@@ -49,14 +49,30 @@ def test_all_flags_of_llama_cpp_are_in_the_table_with_as_many_values_as_they_tak
     assert all(map(is_known, LLAMA["llama-bench"]))
 
 
+def test_values_that_its_parser_refuses_are_known():
+    parser = table("flags")["parser"]
+    for kind, name in (("int", "whole"), ("float", "number")):
+        assert set(parser[name]) == {flag for row in OPTIONS if row[2] == kind for flag in row[0]}
+    of_several = {"--output-format"}  # two programs have one, with other words
+    assert parser["words"] == {f: row[4] for row in OPTIONS if row[4] for f in row[0] if f not in of_several}
+    current = {flag for row in OPTIONS if row[2] != "removed" for flag in (*row[0], *row[1])}
+    assert not set(parser["older"]) & current
+    assert set(parser["older"]) >= {flag for row in OPTIONS if row[2] == "removed" for flag in row[0]}
+
+
+def right_value(flag: str) -> list[str]:
+    words = table("flags")["parser"]["words"].get(flag)
+    count = values_of(flag, ["2"])
+    return [VALUES[flag]] if flag in VALUES else [words[0]] if words else ["2", "9"][:count]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_gets_one_of_three_answers_by_its_own_name(command, capsys):
     parser, counts = build_parser(), {"honoured": 0, "no effect": 0, "refused": 0}
     alone = parsed(COMMANDS[command], capsys, parser)
     own = parser._subparsers._group_actions[0].choices[command]._option_string_actions
     for flag in every_flag():
-        value = [VALUES.get(flag, "2")] * max(values_of(flag, ["2"]), int(flag in VALUES))
-        value = value + ["9"] * (values_of(flag, ["2"]) == 2)
+        value = right_value(flag)
         words = [word for word in COMMANDS[command] if word != "m.gguf" or flag not in ("-m", "--model")]
         if flag in ("-f", "--file", "-p", "--prompt") and command == "run":
             words = words[:2]
@@ -134,6 +150,8 @@ def test_values_are_whole_words_whatever_they_begin_with(capsys):
     got = parsed(["run", "m", "-p", "x", "--ctx-size=8192", "-ngl=99", "--n_predict", "3", "--top_k=5"], capsys)
     assert (got["ctx_size"], got["n_gpu_layers"], got["predict"], got["top_k"]) == (8192, "99", 3, 5)
     assert "error: -c: expected a value behind it" in parsed(["run", "m", "-p", "x", "-c"], capsys)
+    for wrong in (["-fa", "maybe"], ["-tb", "all"], ["-sm", "rows"], ["--xtc-threshold", "x"]):
+        assert f"error: {' '.join(wrong)}: expected" in parsed(["run", "m", "-p", "x", *wrong], capsys)
     assert "error: -tb: expected a value behind it" in parsed(["run", "m", "-p", "x", "-tb"], capsys)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -60,6 +61,17 @@ def values_of(flag: str, words: Sequence[str]) -> int:
     if accepted:
         return int(bool(words) and words[0].lower() in accepted)
     return int(takes)
+
+
+def wrong_value(flag: str, value: str) -> str:
+    """What llama.cpp's parser has against a value of a flag; "" where it takes it."""
+    parser = table("flags")["parser"]
+    if flag in parser["whole"] and not re.match(r"\s*[+-]?\d", value, re.ASCII):
+        return "expected a whole number"
+    if flag in parser["number"] and not re.match(r"\s*[+-]?(\.?\d|inf|nan)", value, re.ASCII | re.IGNORECASE):
+        return "expected a number"
+    accepted = parser["words"].get(flag)
+    return f"expected one of {', '.join(accepted)}" if accepted and value not in accepted else ""
 
 
 def flags_of_environment(around: Mapping[str, str]) -> Iterator[list[str]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from moe_cupy.plan.cost import NEVER, THRESHOLD
 from moe_cupy.plan.flag_table import OPTIONAL_VALUE, flags_of_environment, others, spellings
+from moe_cupy.plan.llama_refused import VERSION, Word, older, refusals
 from moe_cupy.plan.llama_words import LOOKS_WINDOWS, another_program, environment, program_and_flags, split_words
 from moe_cupy.plan.memory import MIB
 from moe_cupy.plan.planner import Request
@@ -34,6 +35,7 @@ class Command:
     request: Request = field(default_factory=Request)
     engine: str = "llama.cpp"
     remarks: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # why no program of llama.cpp starts with it
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Said:
     no_matter: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     cards: set[str] = field(default_factory=set)  # further ones that overrides name
+    words: list[Word] = field(default_factory=list)
     is_ik: bool = False
 
 
@@ -75,6 +78,7 @@ def read_command(text: str) -> Command:
     made = Command(f.get("model") or file_of_repository(f), engine=engine, request=request,
                    repository=repository_words(f), windows=LOOKS_WINDOWS.search(text) is not None)  # fmt: skip
     made.threads = int(threads) if re.fullmatch(r"[1-9]\d{0,3}", threads) else None
+    made.refused = list(refusals(said.words, any("llama-bench" in word for word in before)))
     made.remarks = [*another_program(before), *remarks_on(said), *remarks_on_environment(around)]
     return made
 
@@ -83,6 +87,7 @@ def _take(words: list[str], i: int, said: Said) -> int:
     """Read the flag at i into ``said``; where the next begins."""
     flag, value, after = _flag(words, i)
     said.is_ik |= flag in IK_FLAGS
+    said.words.append((words[i], flag, value))
     if flag not in spellings():
         if flag not in others():
             said.unknown.append(words[i])
@@ -112,9 +117,11 @@ def _flag(words: list[str], i: int) -> tuple[str, str, int]:
         flag = flag.replace("_", "-")  # as there
     name, takes = (spellings() | others()).get(flag, ("", None))
     if name in OPTIONAL_VALUE and flag in spellings():
-        given = equals or (i + 1 < len(words) and words[i + 1].lower() in OPTIONAL_VALUE[name])
+        given = equals or (i + 1 < len(words) and not words[i + 1].startswith("-"))
         word = value if equals else words[i + 1] if given else "on"
-        return flag, OPTIONAL_VALUE[name].get(word.lower(), "on"), i + 1 + bool(given and not equals)
+        if word.lower() not in OPTIONAL_VALUE[name]:
+            raise PlanError(f"{flag} {word[:40]}: expected one of {', '.join(OPTIONAL_VALUE[name])}")
+        return flag, OPTIONAL_VALUE[name][word.lower()], i + 1 + bool(given and not equals)
     if takes and not equals:
         if i + 1 >= len(words):
             raise PlanError(f"--from-command: {flag} is the last word and needs a value")
@@ -174,7 +181,8 @@ def remarks_on(said: Said) -> list[str]:
     """What people get wrong, what is not planned with, and what does not matter: a sentence each."""
     from moe_cupy.plan.llama_remarks import mistakes, not_planned
 
-    lines = [f"{word}: not known here; it was passed over" for word in said.unknown]
+    lines = [f"{word}: not known to {VERSION} and ik_llama.cpp, which refuse it; passed over" for word in said.unknown]
+    lines += [] if said.is_ik else older(said.words)
     lines += [*mistakes(said.fields, said.overrides), *not_planned(said.fields, sorted(said.cards))]
     lines += [f"{flag}: {text}" for flag, text in said.told.items()]
     if said.no_matter:

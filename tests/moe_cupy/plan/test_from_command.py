@@ -163,6 +163,46 @@ def test_every_flag_of_both_engines_is_known(flag):
         assert [r for r in said.remarks if flag in r]
 
 
+REFUSED = [  # what llama.cpp's parser (common/arg.cpp) refuses, and what is said of it
+    ("--n-cpu-moe=20", "--n-cpu-moe=20: a flag and its value are two words there: --n-cpu-moe 20"),
+    ("--ctx_size=4096", "--ctx_size=4096: a flag and its value are two words there: --ctx-size 4096"),
+    ("--flash-attn=on", "--flash-attn=on: a flag and its value are two words"),
+    ("-ot '_exps=CPU;blk.1.=CUDA0'", "rules are parted by commas, as _exps=CPU,blk.1.=CUDA0"),
+    ("-ot 'exps=CPU;'", "there is no device 'CPU;'"), ("-ot exps=GPU", "there is no device 'GPU'"),
+    ("-ot exps", "-ot 'exps': expected REGEX=DEVICE"), ("-fa maybe", "-fa maybe: expected one"),
+    ("--temp hot", "--temp hot: expected a number"), ("-tb all", "-tb all: expected a whole number"),
+    ("-n -p hello", "-n -p: expected a whole number"), ("-sm rows", "-sm rows: expected one of none, layer, row"),
+    ("--load-mode fast", "--load-mode fast: expected one of auto, none, mmap"),
+    ("-ctk q3_k", "-ctk q3_k: unknown"), ("-c", "-c is the last word and needs a value"), ("-c 4k", ""),
+    ("-ngl most", "-ngl most: expected a number of layers"), ("-ncmoe -1", "-ncmoe -1: expected a whole number"),
+    ("--numa all", "--numa all: expected one of distribute, isolate, numactl"), ("-c eight", "-c eight: expected"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_what_llama_cpp_refuses_is_said_to_be_refused(words, said, capsys):
+    line = f"llama-server -m qwen3-30b-a3b-Q4_K_M.gguf {'' if '-ngl' in words else '-ngl 99'} -ncmoe 40 {words}"
+    code = main(["plan", "--from-command", line])
+    err = capsys.readouterr().err
+    assert code == 2 and said in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_refused_line_is_planned_as_it_was_meant(capsys):
+    line = "llama-server -m qwen3-30b-a3b-Q4_K_M.gguf -ngl 99 --n-cpu-moe=20 -c 8192 --json"
+    assert main(["plan", "--json", "--from-command", line.removesuffix(" --json")]) == 2
+    got = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert got["warnings"][0].startswith("llama.cpp refuses this line: --n-cpu-moe=20")
+    asked = planned(capsys, "--from-command", line.replace("=", " ").removesuffix(" --json"))
+    assert got["decode_tok_s"] == asked["decode_tok_s"] and got["commands"] == asked["commands"]
+
+
+def test_lists_are_of_llama_bench_and_older_spellings_a_remark():
+    assert not read_command("llama-bench -m a.gguf -tb 1,x -ot 'a=CPU;b=CUDA0' --poll 0-50+10").refused
+    said = read_command("llama-server -m a.gguf --no-mmap --temp 0.7 -s -1 -fa on --top-p .9")
+    assert not said.refused and any("it is --load-mode none now" in r for r in said.remarks)
+    assert not any("--load-mode none now" in r for r in read_command("llama-server -m a -fmoe --no-mmap").remarks)
+
+
 LINES = [
     ("docker run --gpus all -v /m:/m ghcr.io/ggml-org/llama.cpp:server-cuda -m a.gguf -ngl 7", "7"),
     ("$env:CUDA_VISIBLE_DEVICES=0; .\\llama-server.exe -m a.gguf `\r\n -ngl 7", "7"),
