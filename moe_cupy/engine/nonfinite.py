@@ -68,16 +68,21 @@ class Probe:
             raise NonFiniteError(self._message(op, names))
 
     def _results(self, op: str, buffers: Mapping[str, Any]) -> Iterator[np.ndarray]:
-        """What the op has written, in host memory: of a cache the new rows, of experts those that were wanted."""
+        """What the op has written, in host memory, without what lies beside it in the same array."""
+        b = buffers
         for name in OPS[op].writes:
-            value = buffers[name]
             if op == "kv_store":
-                value = value[buffers["position"] : buffers["position"] + len(buffers["new"])]
-            host = self._fetch(name, value)
+                yield kept(self._fetch(name, b[name][b["position"] : b["position"] + len(b["new"])]))
+                continue
+            host = self._fetch(name, b[name])
             if op == "experts":
-                ids = buffers["on_host"] if "on_host" in buffers else self._fetch("ids", buffers["ids"])
-                host = host[np.isin(ids, buffers["wanted"])]
-            yield kept(host) if op == "kv_store" else host
+                ids = b["on_host"] if "on_host" in b else self._fetch("ids", b["ids"])
+                host = host[np.isin(ids, b["wanted"])]
+            elif op == "linear_heads":
+                host = host[..., : b["w"].rows // b["x"].shape[1]]
+            elif op == "columns":
+                host = host[:, b["at"] : b["at"] + b["count"]]
+            yield host
 
     def _fetch(self, name: str, value: Any) -> np.ndarray:
         host = self._forward.device.fetch(f"probed {name}", value, self._forward.stream)

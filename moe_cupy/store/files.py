@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 ALIGNMENTS = (512, 4096)  # of offset, length and memory, as O_DIRECT may ask; tried in this order
 PAGE = 4096
+SAMPLES = 16  # pages of a file that tell it from another
 
 
 class StoreError(OSError):
@@ -39,9 +41,9 @@ class RangeFile:
         self._lock = threading.Lock()
         self._fd = self._open(os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.size = os.fstat(self._fd).st_size
-        self._written = os.fstat(self._fd).st_mtime_ns
         if direct:
             self._try_direct()
+        self._written, self._samples = os.fstat(self._fd).st_mtime_ns, self._sampled()
 
     def read_into(self, memory: np.ndarray, offset: int, nbytes: int) -> int:
         """Read file bytes offset..offset+nbytes into ``memory``; returns where in memory they begin.
@@ -62,7 +64,7 @@ class RangeFile:
                     f"were expected; was it truncated or replaced while open?"
                 )
         if os.fstat(self._fd).st_mtime_ns != self._written:
-            raise StoreError(f"{self.path}: was written to since it was opened; open the model again")
+            self._check_is_same()
         return skip
 
     def room(self, nbytes: int) -> int:
@@ -74,6 +76,25 @@ class RangeFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _check_is_same(self) -> None:
+        """Raise StoreError unless what was written to the file since it was opened is what was there before."""
+        now = os.fstat(self._fd)
+        if now.st_size != self.size:
+            found = f"has {now.st_size} bytes, {self.size} when it was opened"
+            raise StoreError(f"{self.path}: {found}; was it truncated or replaced while open?")
+        if self._sampled() != self._samples:
+            raise StoreError(f"{self.path}: another file was written over it since it was opened; open the model again")
+        self._written = now.st_mtime_ns
+
+    def _sampled(self) -> int:
+        """A checksum of pages from all over the file."""
+        check = zlib.crc32(str(self.size).encode())
+        with mmap.mmap(-1, PAGE) as memory, memoryview(memory) as page:
+            for i in range(SAMPLES):
+                got = self._read(page, align_down(i * self.size // SAMPLES, PAGE))
+                check = zlib.crc32(page[:got], check)
+        return check
 
     def _read(self, view: memoryview, offset: int) -> int:
         try:
