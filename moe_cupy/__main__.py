@@ -1,18 +1,27 @@
-"""``python -m moe_cupy``."""
+"""``python -m moe_cupy``, and the script ``moe-cupy``."""
 
-import sys
+from __future__ import annotations
+
 from collections.abc import Sequence
+
+from moe_ref import interrupts
+
+if __name__ == "__main__":
+    interrupts.watch()  # before anything large is imported
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code. Imports within, so that Ctrl-C while they load is no traceback either."""
-    try:
-        from moe_cupy.cli import main as command
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    """Entry point; returns the exit code."""
+    from moe_cupy.cli import main as command
+
     return command(argv)
 
 
+def script() -> None:
+    """Entry point of the script, which ends the process."""
+    interrupts.watch()
+    interrupts.run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.run(main)

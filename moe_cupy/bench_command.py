@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from moe_cupy.engine_flags import add_engine
 from moe_cupy.opening import open_engine
-from moe_ref.command import RequestError, number, token_list
+from moe_ref.command import RequestError, number
 from moe_ref.console import note, print_json, with_progress
 
 SWEPT = ("model", "cache", "policy", "prefetch", "threads")  # the last changes first
@@ -22,10 +22,10 @@ def cmd_bench(args: argparse.Namespace) -> None:
     from moe_cupy.tools import bench, bench_output
 
     tests = bench.tests_of(args.n_prompt, args.n_gen, [bench.Test(*pair) for pair in args.pg], args.n_depth)
-    if not tests or args.repetitions < 1:
-        raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0, and -r of at least 1")
+    if not tests or [0, 0] in args.pg:
+        raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0")
     args.ctx_size = args.ctx_size or max(test.context for test in tests)
-    given = token_list(args.tokens if "," in args.tokens else "@" + args.tokens) if args.tokens else None
+    given = bench.given_tokens(args.tokens) if args.tokens else None
     records = []
     wanted = list(combinations(args))
     for each in with_progress(wanted, "combinations", len(wanted)):
@@ -65,7 +65,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     add("-n", "--n-gen", type=_counts, default=[128], metavar="N,…", help="generation tests (default 128)")
     add("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
     add("-d", "--n-depth", type=_counts, default=[0], metavar="N,…", help="tokens in the context before (default 0)")
-    add("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of a test")
+    add("-r", "--repetitions", type=number(1, 10**6), default=5, metavar="N", help="repetitions of a test")
     add("--tokens", metavar="IDS", help="feed these ids: a file, or 1,2,3")
     add("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
     add("-o", "--output", choices=["csv", "json", "jsonl", "md", "sql"], default="md", help="form of the results")

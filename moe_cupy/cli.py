@@ -163,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     logits.add_argument("-o", "--output", required=True, help="file to write")
     ppl = command("perplexity", cmd_perplexity)
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
-    ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
+    ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")

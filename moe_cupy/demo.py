@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from moe_ref.command import run_command
+from moe_ref.command import number, run_command
 from moe_ref.sampling import Sampler
 
 MODEL = Path(__file__).resolve().parent.parent / "data" / "moe-40m-Q4_K_M.gguf"
@@ -62,7 +62,7 @@ def _introduce(engine) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser("moe_cupy.demo", description=__doc__)
-    parser.add_argument("-n", "--predict", type=int, default=160, help="tokens to generate (default 160)")
+    parser.add_argument("-n", "--predict", type=number(-1), default=160, help="tokens to generate (default 160)")
     parser.add_argument("-p", "--prompt", default=PROMPT, help="text to continue")
     parser.set_defaults(run=lambda args: demo(args.predict, args.prompt))
     return run_command(parser, argv)

@@ -11,6 +11,7 @@ from moe_ref.command import (
     RequestError,
     add_model,
     check_writable,
+    decimal,
     number,
     read_text,
     token_list,
@@ -54,7 +55,7 @@ def _record_reference(args: argparse.Namespace) -> Any:
 
 def _record_engine(args: argparse.Namespace) -> Any:
     from moe_cupy.engine import Engine
-    from moe_cupy.lab.record import Recorder
+    from moe_cupy.lab.record import Recorder, expert_bytes_in
     from moe_ref.attention import softmax
 
     with Engine(args.model, prefetch="next-gate" if args.ahead else "none") as engine:
@@ -77,7 +78,7 @@ def _record_engine(args: argparse.Namespace) -> Any:
             for _ in range(args.predict):
                 logits = engine.decode(int(logits.argmax()))
                 recorder.end_pass(generated=True)
-        return recorder.trace(source="moe_cupy", model=Path(engine.file.path).name)
+        return recorder.trace(source="moe_cupy", model=Path(engine.file.path).name, **expert_bytes_in(engine.file))
 
 
 def cmd_info(args: argparse.Namespace) -> None:
@@ -170,6 +171,8 @@ def cmd_replay(args: argparse.Namespace) -> None:
         rows.append(row)
         note(f"{len(rows)}/{len(todo)} {row['routes']} {row['capacity']:g} {row['policy']} + {row['prefetch']}: "
              f"{100 * row['hit_rate']:.2f}%")  # fmt: skip
+    for line in [] if args.expert_bytes else runs.assumed_sizes(args.routes):
+        note(line)
     if args.report:
         _write_report(args, rows)
     if args.json:
@@ -199,16 +202,6 @@ def _capacities(text: str) -> list[float]:
     return list(dict.fromkeys(shares))
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text[:40]!r}")
-    return value
-
-
 def add_replay(commands: Any) -> None:
     """``replay``."""
     sub = commands.add_parser("replay", help=cmd_replay.__doc__, description=cmd_replay.__doc__)
@@ -221,13 +214,28 @@ def add_replay(commands: Any) -> None:
     add("--scope", choices=["global", "layer"], default="global", help="one pool, or one a layer (default global)")
     add("--tokens", type=number(1), help="replay only the first N tokens")
     add("--profile", metavar="TRACE", help="chooses the set of the policy static (default: the trace itself)")
-    add("--expert-bytes", type=number(1), help="bytes of one expert (default: by the model's name)")
-    add("--link-gbs", type=_positive, default=50.0, help="GB/s of host to device copies (default 50: PCIe 5.0 x16)")
-    add("--link-us", type=_positive, default=10.0, help="latency of a copy in us (default 10)")
-    add("--attention-us", type=_positive, default=60.0, help="a layer without its experts in us (default 60)")
-    add("--device-gbs", type=_positive, default=960.0, help="GB/s of device memory (default 960)")
-    add("--host", type=_positive, default=100.0, help="%% of the experts that host memory holds (default 100)")
-    add("--disk-gbs", type=_positive, default=6.0, help="GB/s of the disk behind it (default 6)")
+    add("--expert-bytes", type=number(1), help="bytes of one expert (default: by the trace or its model's name)")
+    add(
+        "--link-gbs",
+        type=decimal(1e6, above=True),
+        default=50.0,
+        help="GB/s of host to device copies (default 50: PCIe 5.0 x16)",
+    )
+    add("--link-us", type=decimal(1e6, above=True), default=10.0, help="latency of a copy in us (default 10)")
+    add(
+        "--attention-us",
+        type=decimal(1e6, above=True),
+        default=60.0,
+        help="a layer without its experts in us (default 60)",
+    )
+    add("--device-gbs", type=decimal(1e6, above=True), default=960.0, help="GB/s of device memory (default 960)")
+    add(
+        "--host",
+        type=decimal(100, above=True),
+        default=100.0,
+        help="%% of the experts that host memory holds (default 100)",
+    )
+    add("--disk-gbs", type=decimal(1e6, above=True), default=6.0, help="GB/s of the disk behind it (default 6)")
     add("--jobs", type=number(1), help="processes (default: one a core)")
     add("--report", metavar="FILE", help="also write .html, or .md with pictures beside it")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")

@@ -6,6 +6,7 @@ import ctypes
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,43 +14,97 @@ from types import ModuleType
 from typing import Any, TextIO
 
 import numba
-from numba.core import config, event
+from numba.core import caching, config, event
 from numba.core.ccallback import CFunc
 from numba.core.dispatcher import Dispatcher
 
+from moe_ref.interrupts import undo
+
 STOP = b"."  # the last byte of any pickle
+LONG_AGO = 600  # seconds: a file that was begun before is not being written any more
 _LENT: list[tempfile.TemporaryDirectory] = []  # a folder for this process alone
+_WARNED: list[OSError] = []
 
 
-def kept_in(folder: Path) -> Path:
+def kept_in(folder: Path) -> Path | None:
     """Where Numba keeps what is compiled from the sources of ``folder``.
 
     NUMBA_CACHE_DIR, ``__pycache__`` or the user's cache, the first that can be written; where none can, a temporary
-    folder until the process ends.
+    folder until the process ends; None, with a warning, where there cannot be one.
     """
     space: dict = {"__name__": __name__}
     exec(compile("def probe(): pass", str(folder / "__init__.py"), "exec"), space)
     try:
-        return Path(numba.njit(cache=True)(space["probe"]).stats.cache_path)
+        path = numba.njit(cache=True)(space["probe"]).stats.cache_path
     except RuntimeError:  # "no locator available"
-        _LENT.append(tempfile.TemporaryDirectory(prefix="moe_cupy-"))
-        config.CACHE_DIR = _LENT[-1].name
+        _lend_folder()
         return kept_in(folder)
+    return Path(path) if path else None
+
+
+def _lend_folder() -> None:
+    try:
+        _LENT.append(tempfile.TemporaryDirectory(prefix="moe_cupy-"))
+    except OSError as error:
+        not_kept(error)
+        for kind in (Dispatcher, CFunc):
+            kind.enable_caching = lambda self: None  # type: ignore[method-assign]
+    else:
+        undo(_LENT[-1].cleanup)
+        config.CACHE_DIR = _LENT[-1].name
+
+
+def not_kept(error: OSError) -> None:
+    """Warn, once a process, that what is compiled cannot be kept on disk."""
+    if not _WARNED:
+        _WARNED.append(error)
+        warnings.warn(
+            f"compiled kernels cannot be kept on disk ({error.strerror}): this run goes on, the next compiles them "
+            "again; make room, or name another folder in NUMBA_CACHE_DIR",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _without_failing(cache: caching.Cache) -> Iterator[None]:
+    """Reading and writing the cache of one of our functions: a full disk costs the cache, not the run."""
+    try:
+        yield
+    except OSError as error:
+        if not cache._py_func.__module__.startswith("moe_cupy"):
+            raise
+        not_kept(error)
+
+
+caching.Cache._guard_against_spurious_io_errors = _without_failing  # type: ignore[method-assign]
 
 
 def tidy(folder: Path) -> list[Path]:
     """What Numba keeps of the sources of ``folder`` and can be used: indices of functions; the rest is removed.
 
     Numba looks at the file of a function alone, but a function that it keeps holds the code of all that it calls: so
-    what is older than any source goes. A file that a crash or a full disk has cut short would be an exception in Numba.
+    what is older than any source goes; so does code whose new index was written by a process that ended before the new
+    code was. A file that a crash or a full disk has cut short would be an exception in Numba.
     """
     newest = max(source.stat().st_mtime for source in folder.glob("*.py"))
     kept = kept_in(folder)
+    if kept is None:
+        return []
     for file in [*kept.glob("*.nbi"), *kept.glob("*.nbc")]:
         with suppress(OSError):
-            if (file.suffix == ".nbi" and file.stat().st_mtime < newest) or _is_cut_short(file):
+            if file.stat().st_mtime < newest or _is_cut_short(file):
                 file.unlink()
+    remove_begun(kept.glob("*.tmp.*"))
     return list(kept.glob("*.nbi"))
+
+
+def remove_begun(files: Iterable[Path]) -> None:
+    """Remove temporary files that a process which was ended has left behind."""
+    for file in files:
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > LONG_AGO:
+                file.unlink()
 
 
 def _is_cut_short(file: Path) -> bool:

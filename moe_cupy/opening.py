@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from moe_ref.command import counted
 from moe_ref.console import note, warn
 
 
@@ -27,6 +28,7 @@ def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 def open_engine(args: argparse.Namespace) -> Any:
     """The engine that the flags describe; says on stderr which device and placement were chosen."""
     from moe_cupy.engine import Engine, Options
+    from moe_cupy.engine.spelling import flags
     from moe_cupy.numba_cache import compilation_told
     from moe_cupy.plan_commands import placement_lines
 
@@ -35,7 +37,7 @@ def open_engine(args: argparse.Namespace) -> Any:
     names = Options.__dataclass_fields__
     options = {name: value for name, value in vars(args).items() if name in names}
     options["ubatch_size"] = min(args.ubatch_size, args.batch_size or args.ubatch_size)  # as llama.cpp bounds it
-    with compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
+    with flags(), compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
         engine = Engine(args.model, **{"progress": True} | options)
     note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
     if args.verbose:
@@ -49,5 +51,6 @@ def open_engine(args: argparse.Namespace) -> Any:
         from moe_cupy.device.host import usable_cores
 
         if args.threads > usable_cores():
-            note(f"-t {args.threads}: there are {usable_cores()} cores; more threads than that are slower")
+            cores = counted(usable_cores(), "core")
+            note(f"-t {args.threads}: this machine has {cores}; more threads than that are slower")
     return engine

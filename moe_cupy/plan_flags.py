@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from moe_cupy.plan.tables import ENGINES, KV_TYPES, PlanError
-from moe_ref.command import add_model, number
+from moe_ref.command import add_model, decimal, number
 
+MOST_GB = 1e6  # of memory, and of its bandwidth a second
 DEFAULT_HARDWARE = "rtx5080-128g"
 SUMMARY = "Where every tensor goes, how fast it will be and why, what would help, and the equivalent commands."
 
@@ -76,9 +77,9 @@ def _run(args: argparse.Namespace) -> None:
 def _add_machine(group: Any) -> None:
     add = group.add_argument
     add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
-    add("--vram", type=positive, metavar="GIB", help="memory of the GPU; 0: no GPU")
-    add("--ram", type=above_zero, metavar="GB", help="host memory")
-    add("--ram-bw", type=above_zero, metavar="GB/S", help="its bandwidth")
+    add("--vram", type=decimal(MOST_GB), metavar="GIB", help="memory of the GPU; 0: no GPU")
+    add("--ram", type=decimal(MOST_GB, above=True), metavar="GB", help="host memory")
+    add("--ram-bw", type=decimal(MOST_GB, above=True), metavar="GB/S", help="its bandwidth")
     add("--pcie", help="link such as 4x16")
     add("--cores", type=number(1, 4096), metavar="N", help="cores that compute")
 
@@ -105,22 +106,3 @@ def _add_outputs(group: Any) -> None:
     add("--windows", action="store_true", help="commands quoted for cmd and PowerShell")
     add("--plot", metavar="PNG", help="predicted speed against cache size, as a picture")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
-
-
-def positive(text: str) -> float:
-    """For argparse's ``type``: a number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, found {text[:40]!r}") from None
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: expected at least 0")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """For argparse's ``type``: a number above 0."""
-    value = positive(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: expected a number above 0")
-    return value

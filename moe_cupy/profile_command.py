@@ -30,6 +30,7 @@ from moe_cupy.plan.shapes import Model, from_file
 from moe_cupy.plan.tables import PlanError, table
 from moe_ref.command import check_writable, whole_file
 from moe_ref.console import note
+from moe_ref.interrupts import undoing
 from moe_ref.split import open_model
 
 TOKENS, WARM = 64, 16  # decoded, and of these not timed
@@ -105,14 +106,15 @@ def decode(path: Path, cache: str, threads: int, act: str, watched: bool = False
         for token in range(WARM, TOKENS):
             engine.decode(token)
         stats = engine.stats
-    return Run(model, stats.generated_seconds / stats.generated_tokens, stats.misses / stats.generated_tokens)
+    return Run(model, 1 / stats.decode_tok_s, stats.misses / stats.decoded_tokens)
 
 
 def measure(folder: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Rounding of activations -> "tN" for N threads -> what was measured; see ``measure_with``."""
     counts = sorted({1, usable_cores()})
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".moe-profile-") as scratch:
-        tiny, large = Path(scratch) / "tiny.gguf", Path(scratch) / "large.gguf"
+    scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".moe-profile-")
+    with scratch, undoing(scratch.cleanup):
+        tiny, large = Path(scratch.name) / "tiny.gguf", Path(scratch.name) / "large.gguf"
         made_up(tiny, **TINY)
         made_up(large, **LARGE)
         return {act: {f"t{n}": undisturbed(tiny, large, n, act) for n in counts} for act in ACTS}

@@ -8,7 +8,7 @@ from typing import Any
 from moe_cupy.opening import open_engine
 from moe_ref.command import RequestError, prompt_text
 from moe_ref.console import note, print_json, warn
-from moe_ref.generation import Generation, print_text, sampler_of
+from moe_ref.generation import Generation, print_text, rows_text, sampler_of
 
 
 def cmd_run(args: argparse.Namespace) -> None:
@@ -32,13 +32,11 @@ def report(engine: Any, generation: Generation, as_json: bool) -> None:
     if generation.is_truncated:
         warn(f"stopped after {len(generation.tokens)} tokens: the context of {generation.capacity} is full (-c)")
     if not as_json:
-        from moe_cupy.tools.report import run_report
-
-        note("\n" + run_report(engine.stats, generation.rows()))
+        note(f"\n{engine.stats}\n{rows_text(generation.rows(), width=16)}")
         return
     from moe_cupy.tools.bench import Result, Test, as_record
 
     stats = engine.stats
-    ns = max(1, int(1e9 * stats.generated_seconds))
-    record = as_record(engine, Result(Test(0, stats.generated_tokens), (ns,), stats), warm=False)
+    ns = max(1, int(1e9 * stats.decoded_seconds))
+    record = as_record(engine, Result(Test(0, stats.decoded_tokens), (ns,), stats), warm=False)
     print_json(record | generation.record(engine.tokenizer.decode(generation.tokens, continues=True)))

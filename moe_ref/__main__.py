@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
+
+from moe_ref import interrupts
+
+if __name__ == "__main__":
+    interrupts.watch()  # before anything large is imported
 
 # One BLAS thread, unless asked otherwise: most matrices here are small, and threads that share busy cores wait for
 # each other ten times as long as they work. NumPy reads this when it is imported, so it stands before that.
@@ -19,6 +23,7 @@ from moe_ref.command import (
     add_prompt,
     add_rounding,
     add_sampling,
+    number,
     prompt_text,
     read_text,
     refuse_same_file,
@@ -181,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling(generate)
     ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
     ppl.add_argument("-c", "--ctx-size", type=int, default=256, help="tokens of a chunk (default 256)")
-    ppl.add_argument("--chunks", type=int, default=None, help="score only the first N chunks")
+    ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     source = tokenize.add_mutually_exclusive_group(required=True)
     source.add_argument("-p", "--prompt", help="text")
     source.add_argument("-f", "--file", help="UTF-8 file")
@@ -199,4 +204,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.run(main)

@@ -15,11 +15,15 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from moe_ref.common_flags import complete
 from moe_ref.console import Settings, note, warn
+from moe_ref.interrupts import EXIT_CODE, open_standard_streams, undoing
+
+LARGEST = 2**31 - 1  # whole number of a flag, where nothing smaller bounds it
 
 
 class RequestError(ValueError):
@@ -28,6 +32,7 @@ class RequestError(ValueError):
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse ``argv`` and call its ``run``; a mistake becomes one line on stderr and exit code 2, failed work 1."""
+    open_standard_streams()
     complete(parser)
     args = parser.parse_args(argv)
     Settings.quiet = getattr(args, "quiet", False)
@@ -41,15 +46,14 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: warn(str(message))
             code = args.run(args) or 0
-        if sys.stdout is not None:  # None where the caller closed it
-            sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
+        sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
         return code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         _drop_stdout()
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return EXIT_CODE
     except MemoryError as error:
         return _complain(f"out of memory: {error or 'use a smaller cache, context or model'}", 1)
     except ValueError as error:  # GGUFError, ConfigError, FormatError, TokenizerError, RequestError, …
@@ -63,8 +67,8 @@ def _drop_stdout() -> None:
     """What is still buffered goes to where it can be written, lest the interpreter complain about it when it ends."""
     try:
         sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -112,12 +116,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise RequestError(f"{target}: cannot be written: {error.strerror}") from error
     try:
-        with naming_full_disk(path), os.fdopen(handle, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
+        with undoing(partial(os.unlink, temporary)):
+            with naming_full_disk(path), os.fdopen(handle, "wb") as out:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -156,6 +161,11 @@ def _umask() -> int:
     return mask
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """1 token, 2 tokens; ``many`` where it is not ``one`` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def token_list(text: str) -> list[int]:
     """``1,2,3`` -> [1, 2, 3]; ``@FILE`` reads ids separated by commas or white space from a file."""
     if text.startswith("@"):
@@ -188,15 +198,31 @@ def _bytes_of(path: str) -> bytes:
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """For argparse's ``type``: a whole number within bounds."""
+    """For argparse's ``type``: a whole number within bounds, at most LARGEST."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a whole number, found {text[:40]!r}") from None
-        if value < least or (most is not None and value > most):
-            accepted = f"at least {least}" if most is None else f"{least} to {most}"
+        if not least <= value <= (LARGEST if most is None else most):
+            accepted = f"at least {least}" if most is None and value < least else f"{least} to {most or LARGEST}"
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {accepted}")
+        return value
+
+    return parse
+
+
+def decimal(most: float, above: bool = False) -> Callable[[str], float]:
+    """For argparse's ``type``: a number from 0 (``above``: more than 0) to ``most``."""
+
+    def parse(text: str) -> float:
+        accepted = f"a number above 0, up to {most:g}" if above else f"a number from 0 to {most:g}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {accepted}, found {text[:40]!r}") from None
+        if not 0 <= value <= most or (above and not value):
             raise argparse.ArgumentTypeError(f"{text[:40]}: expected {accepted}")
         return value
 

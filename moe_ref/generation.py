@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_ref.command import RequestError
 from moe_ref.console import progress
-from moe_ref.sampling import Sampler
+from moe_ref.sampling import Sampler, SamplingError
 
 if TYPE_CHECKING:
     from moe_ref.model import Model
@@ -20,9 +21,15 @@ if TYPE_CHECKING:
 
 
 def sampler_of(args: argparse.Namespace) -> Sampler:
-    """The sampler that the flags ask for; of -s -1 a seed is drawn here, so that it can be shown and used again."""
+    """The sampler that the flags of ``add_sampling`` describe. Raises RequestError, which names the flag.
+
+    For -s -1 a seed is drawn here, so that it can be shown and used again.
+    """
     seed = secrets.randbelow(2**32 - 1) if args.seed == -1 else args.seed  # llama.cpp's range; 2**32 - 1 is its -1
-    return Sampler(args.temp, args.top_k, args.top_p, args.min_p, seed)
+    try:
+        return Sampler(args.temp, args.top_k, args.top_p, args.min_p, seed)
+    except SamplingError as error:
+        raise RequestError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def chain(sampler: Sampler) -> str:
@@ -72,6 +79,7 @@ class Generation:
         """The same for --json. ``truncated`` is llama.cpp's word for a context that was full."""
         return {
             "n_prompt": self.n_prompt,
+            "n_gen": len(self.tokens),
             "text": text,
             "tokens": [int(token) for token in self.tokens],
             "finish_reason": self.finish_reason,

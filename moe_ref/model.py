@@ -34,14 +34,14 @@ def _ignore(name: str, value: np.ndarray) -> None:
     del name, value
 
 
-def check_ids(tokens: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+def check_ids(tokens: Sequence[int] | np.ndarray, vocab_size: int, name: str = "tokens") -> np.ndarray:
     """``tokens`` as an int64 array [T]; raises ValueError unless it is a non-empty list of ids of the vocabulary."""
     ids = np.asarray(tokens)
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-        raise ValueError(f"tokens: expected a non-empty list of ids, found {ids.dtype} of shape {list(ids.shape)}")
+        raise ValueError(f"{name}: expected a non-empty list of ids, found {ids.dtype} of shape {list(ids.shape)}")
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if len(wrong):
-        raise ValueError(f"tokens: id {wrong[0]} is outside the vocabulary 0..{vocab_size - 1}")
+        raise ValueError(f"{name}: id {wrong[0]} is outside the vocabulary 0..{vocab_size - 1}")
     return ids.astype(np.int64)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+HOTTEST = 1e308  # a whole number may be too large for a float
+
 
 class SamplingError(ValueError):
     """A sampling parameter out of its range, or logits that no token can be chosen from."""
@@ -30,7 +32,7 @@ class Sampler:
     _generator: np.random.Generator = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check(_is_number(self.temp) and np.isfinite(self.temp), "temp", self.temp, "a finite number; <= 0 is greedy")
+        _check(_is_number(self.temp) and abs(self.temp) < HOTTEST, "temp", self.temp, "a finite number; <= 0 is greedy")
         _check(_is_number(self.top_k, integer=True), "top_k", self.top_k, "an integer; 0 or less is off")
         _check(_is_number(self.top_p) and 0 <= self.top_p <= 1, "top_p", self.top_p, "0 to 1 (off)")
         _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")

@@ -51,8 +51,8 @@ def test_dev_runs_the_notebooks_without_jupyterlab():
     assert names(EXTRAS["notebooks"]) - names(EXTRAS["dev"]) == {"jupyterlab"}
 
 
-def test_console_scripts_are_the_modules_mains():
-    assert PROJECT["scripts"] == {"moe-ref": "moe_ref.__main__:main", "moe-cupy": "moe_cupy.__main__:main"}
+def test_console_scripts_watch_for_interrupts_first():
+    assert PROJECT["scripts"] == {"moe-ref": "moe_ref.script:script", "moe-cupy": "moe_cupy.__main__:script"}
 
 
 @pytest.mark.parametrize("package", ["moe_ref", "moe_cupy"])
@@ -66,6 +66,12 @@ def test_every_folder_of_code_is_a_package(package):
 def test_kernel_sources_travel_with_the_packages():
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
     assert {f"**/*.{suffix}" for suffix in ("cu", "cuh", "h", "cpp", "toml", "npz")} <= set(patterns)
+
+
+@pytest.mark.parametrize("package", ["moe_ref", "moe_cupy"])
+def test_type_checkers_are_told_that_the_packages_are_typed(package):
+    assert (ROOT / package / "py.typed").is_file()
+    assert "py.typed" in PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
 
 
 @pytest.mark.parametrize("script", ["scripts/bootstrap.sh", "scripts/demo.sh", "scripts/test.sh", ".ci/run"])

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "compiled": {"cache", "numba_cache"},
     "store": {"moe_ref.gguf", "moe_ref.tensors", "moe_ref.quants"},
     "kernels": {"moe_ref", "numba_cache"},
-    "numba_cache": set(),
+    "numba_cache": {"moe_ref.interrupts"},
     "device": {"kernels"},
     "plan": {"moe_ref.gguf", "moe_ref.config", "moe_ref.quants", "moe_ref.tensors"},
     "engine": {"prefetch", "cache", "compiled", "store", "device", "plan", "kernels", "moe_ref"},
@@ -57,8 +57,8 @@ ARROWS: dict[str, set[str]] = {
     "run_command": {"*"},
     "bench_command": {"*"},
     "demo": {"*"},
-    "__main__": {"cli"},
-    "__init__": {"engine", "moe_ref.__version__"},
+    "__main__": {"cli", "moe_ref.interrupts"},
+    "__init__": {"engine", "moe_ref.__version__", "moe_ref.sampling"},
 }
 
 # What a room must not import from outside, not even inside a function: decisions are replayable without a device.

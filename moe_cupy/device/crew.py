@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 
+from moe_cupy.device.process import OfOneProcess
 from moe_cupy.kernels.host import jobs, steps
 from moe_cupy.kernels.host.simd.isa import chosen
 
 
-class Crew:
+class Crew(OfOneProcess):
     """The caller and ``threads - 1`` helpers. ``act`` says how activations are rounded: "f32" not at all, or "q8"."""
 
     def __init__(self, threads: int = 1, act: str = "f32"):
+        super().__init__()
         self.act, self.helpers = act, threads - 1
         self.state = steps.new_state(self.helpers, chosen().columns)
         self._work = threading.Semaphore(0)
@@ -31,6 +33,7 @@ class Crew:
 
     def wake(self) -> None:
         """Have those who sleep look for work again, and all stay awake until the last list of the op has begun."""
+        self.check_process()
         self.state[jobs.MORE] = 1
         if self.helpers and self.state[jobs.ASLEEP]:
             for _ in range(jobs.take_all(self.state, jobs.ASLEEP)):
@@ -38,6 +41,8 @@ class Crew:
 
     def close(self) -> None:
         """End the helpers, also where an op was broken off between ``wake`` and its last list."""
+        if not self.is_here:
+            return
         self._closed, self.state[jobs.MORE] = True, 0
         for _ in self._threads:
             self._work.release()

@@ -28,6 +28,7 @@ from moe_cupy.kernels.table import OPS
 SPLIT_WORK = 1 << 20  # multiply-adds below which a second thread costs more than it brings (about 100 us)
 HUGE_PAGE = 2 << 20  # bytes; of memory read from end to end, fewer addresses need to be looked up
 ARENA = 64 << 20  # bytes taken at a time for what is loaded, so that small tensors share large pages too
+MOST_THREADS = 4  # a core; more take minutes to hand over to one another
 CALL_WORK = 1 << 28  # multiply-adds in one call at most (about 0.1 s), so that an interrupt is heard in between
 
 
@@ -53,7 +54,8 @@ class RowSplitter:
         self.crew.cancelled = value
 
     def __call__(self, kernel: Callable[..., None], rows: int, work_per_row: int, *args: Any) -> None:
-        """kernel(*args, first, last) over 0..rows, in one piece if the work is small."""
+        """kernel(*args, first, last) over 0..rows, in one piece if the work is small. Raises DeviceError in a fork."""
+        self.crew.check_process()
 
         def piece(first: int, last: int) -> None:
             while first < last and not self.cancelled:
@@ -75,12 +77,12 @@ class RowSplitter:
     def close(self) -> None:
         """End the threads."""
         self.crew.close()
-        if self._pool is not None:
+        if self._pool is not None and self.crew.is_here:
             self._pool.shutdown()
 
 
 class HostDevice(Unified):
-    """Runs everything on this machine's cores. ``threads`` is llama.cpp's ``-t``.
+    """Runs everything on this machine's cores. ``threads`` is llama.cpp's ``-t``, up to MOST_THREADS a core.
 
     ``act`` "q8" rounds activations to 8 bits where they meet quantized weights, as llama.cpp does; "f32" does not.
     Not ``inline``: the stream "compute" is a thread too, as on a GPU.
@@ -92,7 +94,9 @@ class HostDevice(Unified):
     binds = True
 
     def __init__(self, threads: int | None = None, act: str = "f32", inline: bool = True):
-        self.threads, self.act, self.inline = threads or usable_cores(), act, inline
+        most = MOST_THREADS * usable_cores()
+        self.asked, self.act, self.inline = threads or usable_cores(), act, inline
+        self.threads = min(self.asked, most)
         self.split = RowSplitter(self.threads, act)
         self._streams: dict[str, ThreadStream | InlineStream] = {}
         self._queues: list[ThreadQueue] = []
@@ -102,7 +106,8 @@ class HostDevice(Unified):
     def how(self) -> str:
         """How it computes, for the report."""
         rounded = f"rounded to 8 bits ({chosen().name} instructions)" if self.act == "q8" else "exact (float32)"
-        return f"{self.threads} thread{'s' * (self.threads > 1)}, activations {rounded}"
+        fewer = f" instead of {self.asked}: {MOST_THREADS} a core are the most" if self.threads < self.asked else ""
+        return f"{self.threads} thread{'s' * (self.threads > 1)}{fewer}, activations {rounded}"
 
     def alloc(self, nbytes: int) -> np.ndarray:
         """Uninitialised uint8 [nbytes], page-aligned; pages count against memory when first touched."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_cupy.device.base import Work
+from moe_cupy.device.process import OfOneProcess
 
 
 class ThreadEvent:
@@ -88,10 +89,11 @@ class InlineStream:
         """There is nothing to end."""
 
 
-class ThreadStream:
+class ThreadStream(OfOneProcess):
     """One worker thread that runs its queue in order. After a failure it skips work until ``clear``."""
 
     def __init__(self, name: str):
+        super().__init__()
         self.name = name
         self.stalls: defaultdict[str, float] = defaultdict(float)  # seconds waited for events, by reason
         self._error: BaseException | None = None
@@ -101,9 +103,11 @@ class ThreadStream:
 
     def run(self, work: Callable[[], None]) -> None:
         """Enqueue ``work``."""
+        self.check_process()
         self._work.put(lambda: self._guarded(work))
 
     def record(self) -> ThreadEvent:
+        self.check_process()
         event = ThreadEvent()
         self._work.put(lambda: event.finish(self._error))
         return event
@@ -118,6 +122,8 @@ class ThreadStream:
 
     def close(self) -> None:
         """Let the queue run out and end the thread."""
+        if not self.is_here:
+            return
         self._work.put(None)
         self._thread.join()
 
@@ -158,7 +164,7 @@ class _Job:
     error: BaseException | None = None  # of the first part that failed
 
 
-class ThreadQueue:
+class ThreadQueue(OfOneProcess):
     """Worker threads that share a priority queue; equal urgency is served in order of submission.
 
     Work that must wait for an event occupies no worker meanwhile, so what it waits for can run. Work in parts has
@@ -166,6 +172,7 @@ class ThreadQueue:
     """
 
     def __init__(self, name: str, count: int):
+        super().__init__()
         self._ready = threading.Condition()
         self._heap: list[tuple[int, int, _Job]] = []  # (urgency, number, job) of what is released
         self._jobs: dict[ThreadEvent, _Job] = {}  # what has not ended
@@ -178,6 +185,7 @@ class ThreadQueue:
             thread.start()
 
     def submit(self, work: Work, urgency: int, after: Any = None, name: str = "") -> ThreadEvent:
+        self.check_process()
         parts = [work] if callable(work) else list(reversed(work))
         job = _Job(next(self._count), urgency, parts, len(parts), ThreadEvent())
         with self._ready:
@@ -199,6 +207,7 @@ class ThreadQueue:
 
     def drain(self) -> None:
         """Wait until nothing is queued or running."""
+        self.check_process()
         with self._ready:
             waiting = list(self._jobs)
         for event in waiting:
@@ -206,6 +215,8 @@ class ThreadQueue:
 
     def close(self) -> None:
         """Finish what is queued and end the threads."""
+        if not self.is_here:
+            return
         with self._ready:
             self._closed = True
             self._ready.notify_all()

@@ -8,33 +8,32 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from moe_cupy.cache import Counters
 from moe_cupy.device import open_device
 from moe_cupy.device.base import Device
 from moe_cupy.engine.choosing import Offer, deciding
+from moe_cupy.engine.counting import Counted
 from moe_cupy.engine.driven import DrivenForward, place_driven
 from moe_cupy.engine.experts import ExpertMover
-from moe_cupy.engine.forward import WAIT_EXPERTS, Forward
+from moe_cupy.engine.feeding import in_steps
+from moe_cupy.engine.forward import Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.nonfinite import explain, is_finite
-from moe_cupy.engine.options import DEFAULT_CONTEXT, Options
+from moe_cupy.engine.options import DEFAULT_CONTEXT, Options, shown, whole_number
 from moe_cupy.engine.placement import Placement, open_stores, place_movers
+from moe_cupy.engine.spelling import python_names
 from moe_cupy.engine.split import idle_threads, second_device, split_model, without_effect
-from moe_cupy.engine.stats import Stats
 from moe_cupy.engine.two_devices import TwoDevices
 from moe_cupy.engine.weights import check_formats, load_dense
 from moe_cupy.kernels.first_use import FirstUse
-from moe_cupy.plan.rules import CPU
+from moe_cupy.plan.rules import Override
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.store import expert_layout
 from moe_ref.config import load_config
-from moe_ref.console import progress
 from moe_ref.finite import NonFiniteError
 from moe_ref.model import check_ids
 from moe_ref.sampling import Sampler
@@ -45,22 +44,56 @@ from moe_ref.weights import Weights
 
 
 class EngineError(RuntimeError):
-    """An engine that is closed, or asked for two things at a time."""
+    """An engine that is closed, asked for two things at a time, or used in a fork of its process."""
 
 
-class Engine:
-    """A model ready to run. Use as a context manager, or ``close`` it.
+class Engine(Counted):
+    """A model ready to run. Use as a context manager, or ``close`` it; a thread at a time, in one process.
 
-    ``cache`` bounds the routed experts that are resident over all layers; the keywords are the fields of
-    ``Options``. Raises GGUFError, ConfigError or FormatError for a file that cannot be run, BudgetError for
-    a cache too small, DeviceError for a device that is not here, StoreMismatch for a store of another model;
-    later TokenizerError where text is asked of a file without a usable tokenizer, and StoreError where expert
-    bytes cannot be read. After a StoreError the engine is usable: what failed is read again when next wanted.
+    >>> with Engine("data/moe-40m-Q4_K_M.gguf", cache="25%") as engine:
+    ...     print("".join(engine.generate("The king", max_tokens=4)))
+
+    ``cache`` bounds the routed experts that are resident over all layers; ``Options`` says what the keywords mean.
+    Raises ValueError for a keyword's value that cannot be, GGUFError, ConfigError or FormatError for a file that cannot
+    be run, BudgetError for a cache too small, DeviceError for a device that is not here, StoreMismatch for a store of
+    another model; later TokenizerError where text is asked of a file without a usable tokenizer, and StoreError where
+    expert bytes cannot be read. After a StoreError the engine is usable: what failed is read again when next wanted.
     NonFiniteError names the first weight or result that is NaN or infinite: nothing that follows from one is returned.
     """
 
-    def __init__(self, model: str | os.PathLike, *, _device: Device | None = None, **options: Any):
-        self.options = o = Options(**options)
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        *,
+        cache: str = "auto",
+        host_cache: str = "auto",
+        policy: str = "echo",
+        prefetch: str = "none",
+        device: str = "auto",
+        threads: int | None = None,
+        ctx_size: int = 0,
+        ubatch_size: int = 512,
+        cache_type_k: str = "f32",
+        cache_type_v: str = "f32",
+        store: str | os.PathLike | None = None,
+        direct_io: bool = True,
+        reads_in_flight: int = 4,
+        act: str = "f32",
+        decode: str = "host",
+        n_gpu_layers: str | int | None = None,
+        overrides: str | Sequence[Override] = (),
+        progress: bool = False,
+        _device: Device | None = None,
+    ):
+        given = locals()
+        self.options = Options(**{name: given[name] for name in Options.__dataclass_fields__})
+        if not isinstance(model, str | os.PathLike):
+            raise ValueError(f"model: {shown(model)}, expected the path of a GGUF file")
+        with python_names():
+            self._open(model, _device)
+
+    def _open(self, model: str | os.PathLike, _device: Device | None) -> None:
+        o = self.options
         self.file = open_model(model)
         self.config = load_config(self.file.metadata, vocab_rows(self.file))
         self.views = check_tensors(self.config, self.file)
@@ -69,7 +102,8 @@ class Engine:
         self._tokenizer: Tokenizer | None = None
         self._in_use, self._sequences = threading.Lock(), 0  # _sequences: begun so far
         self._resources: list[Any] = [self.device, self.file]
-        self._finalizer = weakref.finalize(self, _close_all, self._resources)
+        self._process = os.getpid()
+        self._finalizer = weakref.finalize(self, _close_all, self._resources, self._process)
         try:
             flags = o.n_gpu_layers, o.overrides
             self.split = split_model(self.file, self.views, self.device, *flags, self._second_device)
@@ -83,9 +117,19 @@ class Engine:
     def generate(
         self, prompt: str | Sequence[int], max_tokens: int = 128, sampler: Sampler | None = None
     ) -> Iterator[str]:
-        """Text that follows ``prompt``, piece by piece; greedy unless a sampler is given. -1: until it ends."""
+        """Text that follows ``prompt``, piece by piece; greedy unless a sampler is given. -1: until it ends.
+
+        Raises what ``generate_tokens`` raises.
+
+        >>> engine = Engine("data/moe-40m-Q4_K_M.gguf")
+        >>> "".join(engine.generate("The king", max_tokens=4, sampler=Sampler(temp=0.8, seed=1)))
+        >>> engine.close()
+        """
+        return self._pieces(self.generate_tokens(prompt, max_tokens, sampler))
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         decoder = StreamDecoder(self.tokenizer)
-        for token in self.generate_tokens(prompt, max_tokens, sampler):
+        for token in tokens:
             yield decoder.push(token)
         yield decoder.flush()
 
@@ -99,22 +143,35 @@ class Engine:
         """Ids that follow ``prompt``; ends before an id of ``stop``, at ``max_tokens``, or with the context.
 
         ``stop`` is the end-of-generation tokens for a text, nothing for a list of ids, unless given.
-        Raises ValueError for an empty prompt or one that does not fit the context, and EngineError if another sequence
-        is begun on this engine before the last token was taken.
+        Raises ValueError for an argument that cannot be, an empty prompt or one that does not fit the context, and
+        EngineError if another sequence is begun on this engine before the last token was taken.
         """
-        if not isinstance(prompt, str | Sequence | np.ndarray):
-            raise ValueError(f"prompt: {prompt!r}, expected a text or a list of token ids")
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise ValueError("the prompt has no tokens: there is nothing to continue")
+        max_tokens = whole_number("max_tokens", max_tokens, -1)
+        ids = self._ids_of(prompt)
         if stop is None:
             stop = self.tokenizer.eog_ids if isinstance(prompt, str) else ()
-        sampler = sampler or Sampler()
+        elif isinstance(stop, str | bytes) or not isinstance(stop, Collection | np.ndarray):
+            raise ValueError(f"stop: {shown(stop)}, expected token ids")
+        if sampler is not None and not hasattr(sampler, "sample"):
+            raise ValueError(f"sampler: {shown(sampler)}, expected a Sampler")
+        return self._continued(ids, max_tokens, sampler or Sampler(), stop)
+
+    def _ids_of(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """Token ids [T] of a prompt. Raises ValueError for what is none, and for none at all."""
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, str | Sequence | np.ndarray):
+            raise ValueError(f"prompt: {shown(prompt)}, expected a text or a list of token ids")
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        if not len(ids):
+            raise ValueError("the prompt has no tokens: there is nothing to continue")
+        return check_ids(ids, self.config.vocab_size, "prompt")
+
+    def _continued(self, ids: np.ndarray, max_tokens: int, sampler: Sampler, stop: Collection[int]) -> Iterator[int]:
         self.reset()
         mine, count, fed = self._sequences, 0, self._checked(ids)
-        for piece in self._pieces(fed):
+        for piece in self._steps(fed):
             offer = self._offer(piece, sampler, is_prompt=True)
         while count != max_tokens and (token := offer.taken(sampler)) not in stop:
+            self._count_generated()
             yield token
             count += 1
             if count == max_tokens or self.kv.length == self.kv.capacity:
@@ -126,17 +183,20 @@ class Engine:
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits [T, vocab] of ``tokens`` [T] as a fresh sequence; equal to ``moe_ref``'s."""
         self.reset()
-        return np.concatenate([self._timed(ids, False, True) for ids in self._pieces(self._checked(tokens))])
+        return np.concatenate([self._timed(ids, False, True) for ids in self._steps(self._checked(tokens))])
 
     def prefill(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Feed ``tokens`` [T] after what was fed before; logits [vocab] of the last."""
-        for ids in self._pieces(self._checked(tokens)):
+        for ids in self._steps(self._checked(tokens)):
             logits = self._timed(ids, True, True)
         return logits[-1]
 
     def decode(self, token: int) -> np.ndarray:
         """Feed one generated token; logits [vocab] for the next."""
-        return self._timed(self._checked([token]), True, False)[-1]
+        token = whole_number("token", token, 0, self.config.vocab_size - 1)
+        logits = self._timed(self._checked([token]), True, False)[-1]
+        self._count_generated()
+        return logits
 
     def reset(self) -> None:
         """Begin a new sequence: the KV cache and recurrent states are emptied, resident experts stay."""
@@ -161,6 +221,8 @@ class Engine:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens parsed and added as the model's file says."""
+        if not isinstance(text, str):
+            raise ValueError(f"text: {shown(text)}, expected text")
         return self.tokenizer.encode(text, add_special=True, parse_special=True)
 
     @property
@@ -169,37 +231,6 @@ class Engine:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.file.metadata)
         return self._tokenizer
-
-    @property
-    def stats(self) -> Stats:
-        """The counters so far."""
-        if isinstance(self.forward, DrivenForward):
-            self.forward.pools.to_host()
-        stalled = self._stalled() - self._stalled_before
-        moved: dict[str, Any] = self.mover.counters() if self.mover is not None else {}
-        if self.split.is_divided and CPU in self.movers:
-            cpu = self.movers[CPU].counters()
-            moved |= {"cpu_experts": cpu["hits"] + cpu["misses"], "cpu_misses": cpu["misses"]}
-        return replace(self._stats, stall_us=int(1e6 * stalled), **moved)
-
-    def reset_stats(self) -> None:
-        """Start counting from zero; what is resident stays."""
-        self._stalled_before = self._stalled()
-        if isinstance(self.forward, DrivenForward):
-            self.forward.pools.to_host()
-        for mover in self.movers.values():
-            mover.late = mover.bytes_demand = mover.bytes_prefetch = 0
-            for pool in (*mover.cache.pools, *mover.transport.pools):
-                pool.counters = Counters()
-        self._stats = Stats(
-            device=self.device.name,
-            policy=self.options.policy,
-            prefetch=self.options.prefetch,
-            decode=self.options.decode if isinstance(self.forward, DrivenForward) else "host",
-            cache_slots=self.placement.slots,
-            cache_bytes=self.placement.cache_bytes,
-            experts=self.placement.experts,
-        )
 
     def close(self) -> None:
         """End all threads and close the file; idempotent."""
@@ -241,9 +272,6 @@ class Engine:
             self.forward = Forward(self.device, c, w, self.mover, prefetcher)
         self.reset_stats()
 
-    def _stalled(self) -> float:
-        return sum(device.stalls().get(WAIT_EXPERTS, 0.0) for device in self.split.devices.values())
-
     def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = check_ids(tokens, self.config.vocab_size)
         if self.kv.length + len(ids) > self.kv.capacity:
@@ -252,15 +280,8 @@ class Engine:
             )
         return ids
 
-    def _pieces(self, ids: np.ndarray) -> Iterator[np.ndarray]:
-        """``ids`` [T], at most ubatch_size at a time; how far they are is shown where that was asked for."""
-        steps = [ids[i : i + self.options.ubatch_size] for i in range(0, len(ids), self.options.ubatch_size)]
-        if not self.options.progress:
-            yield from steps
-            return
-        with progress("prompt", len(ids) * len(self.config.layers)) as self.forward.progress:
-            yield from steps
-        self.forward.progress = None
+    def _steps(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        return in_steps(ids, self.options.ubatch_size, self.forward, self.options.progress)
 
     def _offer(self, ids: np.ndarray, sampler: Sampler, is_prompt: bool) -> Offer:
         """Feed ``ids`` [T], at most ubatch_size; a device with memory of its own finds the logits that count."""
@@ -287,14 +308,16 @@ class Engine:
 
     def _explained(self, ids: np.ndarray) -> NonFiniteError:
         """The error for a pass over ``ids`` [T] whose logits are not finite."""
-        forward = self.forward
-        forwards = list(forward.halves.values()) if isinstance(forward, TwoDevices) else [forward]
-        weights = Weights(self.file, keep_bytes=0, views=self.views)
-        return explain(forwards, lambda: forward(ids, self.kv), weights, ids, self.options.act)
+        run, weights = self.forward, Weights(self.file, keep_bytes=0, views=self.views)
+        forwards = list(run.halves.values()) if isinstance(run, TwoDevices) else [run]
+        return explain(forwards, lambda: run(ids, self.kv), weights, ids, self.options.act)
 
     @contextmanager
     def _used_alone(self) -> Iterator[None]:
-        """Raises EngineError, and changes nothing, for a closed engine and while another thread uses it."""
+        """Raises EngineError, and changes nothing, for an engine closed, forked, or in use by another thread."""
+        if os.getpid() != self._process:
+            raise EngineError(f"this engine was opened by process {self._process}, of which this one is a fork without "
+                              "its threads: open an engine here")  # fmt: skip
         if not self._finalizer.alive:
             raise EngineError("the engine is closed")
         if not self._in_use.acquire(blocking=False):
@@ -303,16 +326,6 @@ class Engine:
             yield
         finally:
             self._in_use.release()
-
-    def _count(self, tokens: int, seconds: float, once: float, is_prompt: bool) -> None:
-        """``seconds`` that a pass took, ``once`` of them for kernels that were used for the first time."""
-        s, seconds = replace(self._stats, warmup_seconds=self._stats.warmup_seconds + once), seconds - once
-        if is_prompt:
-            self._stats = replace(s, prompt_tokens=s.prompt_tokens + tokens, prompt_seconds=s.prompt_seconds + seconds)
-        else:
-            self._stats = replace(
-                s, generated_tokens=s.generated_tokens + tokens, generated_seconds=s.generated_seconds + seconds
-            )
 
     def _recover(self) -> None:
         for device in self.split.devices.values():
@@ -323,6 +336,9 @@ class Engine:
             self.forward.pools.recover()
 
 
-def _close_all(resources: list[Any]) -> None:
+def _close_all(resources: list[Any], process: int) -> None:
+    """In a forked child nothing is closed: the threads to be ended are not there, and the rest ends with the child."""
+    if os.getpid() != process:
+        return
     for resource in resources:
         resource.close()

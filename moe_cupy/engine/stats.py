@@ -18,8 +18,9 @@ class Stats:
     experts: int  # routed experts of all layers
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
-    generated_tokens: int = 0
-    generated_seconds: float = 0.0
+    generated_tokens: int = 0  # by ``generate``, or given to ``decode``
+    decoded_tokens: int = 0  # passes of one token; the first that ``generate`` yields comes from the prompt's pass
+    decoded_seconds: float = 0.0
     hits: int = 0  # an expert wanted by an event was resident, or on its way by prefetch
     misses: int = 0
     late: int = 0  # hits whose copy had not arrived yet
@@ -38,7 +39,7 @@ class Stats:
     @property
     def tokens(self) -> int:
         """Tokens that went through the model."""
-        return self.prompt_tokens + self.generated_tokens
+        return self.prompt_tokens + self.decoded_tokens
 
     @property
     def hit_rate(self) -> float:
@@ -58,8 +59,14 @@ class Stats:
 
     @property
     def decode_tok_s(self) -> float:
-        """Decoded tokens per second; 0 before any."""
-        return self.generated_tokens / self.generated_seconds if self.generated_seconds else 0.0
+        """Passes of one token per second; 0 before any."""
+        return self.decoded_tokens / self.decoded_seconds if self.decoded_seconds else 0.0
+
+    def __str__(self) -> str:
+        """The table that ``run`` prints."""
+        from moe_cupy.engine.figures import side_by_side
+
+        return side_by_side([("", self)])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the derived figures, ready for JSON."""

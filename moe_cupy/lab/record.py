@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.lab.trace import GENERATED, PROMPT, RouteTrace, TraceError
+from moe_cupy.plan.shapes import from_file
 from moe_ref.attention import softmax
 from moe_ref.model import Model
 
@@ -78,4 +79,10 @@ def record_reference(model: Model, sequences: Sequence[tuple[Sequence[int], int]
             logits = model.forward(ids, cache)
             recorder.end_pass(generated=step > 0)
             ids = [int(logits[-1].argmax())]
-    return recorder.trace(source="moe_ref", model=Path(model.file.path).name)
+    return recorder.trace(source="moe_ref", model=Path(model.file.path).name, **expert_bytes_in(model.file))
+
+
+def expert_bytes_in(file: Any) -> dict[str, int]:
+    """What a trace keeps of an open file's routed experts: the bytes of one, on average over the layers."""
+    nbytes = from_file(file).expert_bytes
+    return {"expert_bytes": round(nbytes)} if nbytes else {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -14,12 +16,13 @@ import numpy as np
 
 from moe_cupy.cache import POLICIES, Geometry, Policy
 from moe_cupy.lab.belady import knowing
-from moe_cupy.lab.machine import Machine, expert_bytes_of
+from moe_cupy.lab.machine import Machine, expert_size
 from moe_cupy.lab.replay import make_caches, slots_of
 from moe_cupy.lab.simulator import Outcome, simulate
 from moe_cupy.lab.trace import RouteTrace, read_trace
 from moe_cupy.prefetch import PREFETCHERS, NextGate, Prefetcher
 from moe_cupy.prefetch.routes import ScoreDepth
+from moe_ref.interrupts import undoing
 
 ADMIT = "-admit"  # after a policy's name: newcomers need not stay
 OFFLINE = ("static", "belady", "belady-admit")  # know more than a cache can
@@ -79,7 +82,7 @@ def predictor_of(job: Job, trace: RouteTrace, expert_bytes: int) -> tuple[Prefet
 def run(job: Job, policies: Policies = POLICIES) -> dict[str, Any]:
     """One row of results; ``policies`` are the causal ones by name."""
     trace = _trace(job.routes, job.tokens)
-    size = job.expert_bytes or expert_bytes_of(trace.meta)
+    size = job.expert_bytes or expert_size(trace.meta, trace.n_experts).nbytes
     slots = slots_of(trace, job.capacity)
     caches = make_caches(trace, policy_of(job, policies), slots, job.scope, job.policy.endswith(ADMIT))
     predictor, early = predictor_of(job, trace, size)
@@ -140,6 +143,15 @@ def jobs(routes: Sequence[str], policy: str, prefetch: str, capacities: Sequence
     return made
 
 
+def assumed_sizes(routes: Sequence[str]) -> Iterator[str]:
+    """A line for each trace: how many bytes an expert is taken to have, where --expert-bytes does not say it."""
+    for path in routes:
+        trace = _trace(path, None)
+        size = expert_size(trace.meta, trace.n_experts)
+        line = f"{Path(path).name}: {size.nbytes / 2**20:.2f} MiB an expert, {size.source}"
+        yield line if size.is_known else f"warning: {line}: bytes and stalls follow from it; --expert-bytes N says it"
+
+
 def run_all(
     todo: Sequence[Job], processes: int | None = None, policies: Policies = POLICIES
 ) -> Iterator[dict[str, Any]]:
@@ -152,5 +164,11 @@ def run_all(
     if processes == 1 or len(todo) < 4:
         yield from (run(job, policies) for job in todo)
         return
-    with ProcessPoolExecutor(processes) as pool:
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
+    with ProcessPoolExecutor(processes, initializer=ignore) as pool, undoing(_end_workers):
         yield from pool.map(partial(run, policies=policies), todo)
+
+
+def _end_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()

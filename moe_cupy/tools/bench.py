@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -17,11 +18,12 @@ from moe_cupy.engine.stats import Stats
 from moe_cupy.plan.rules import CPU
 from moe_cupy.tools.machine import cpu_name
 from moe_ref import __version__
+from moe_ref.command import RequestError, token_list
 from moe_ref.inspect import describe
 
-COUNTED = ("prompt_tokens", "prompt_seconds", "generated_tokens", "generated_seconds", "hits", "misses", "late",
-           "evictions", "bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_us", "host_hits", "host_misses",
-           "cpu_experts", "cpu_misses", "warmup_seconds")  # fmt: skip
+COUNTED = ("prompt_tokens", "prompt_seconds", "generated_tokens", "decoded_tokens", "decoded_seconds", "hits", "misses",
+           "late", "evictions", "bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_us", "host_hits",
+           "host_misses", "cpu_experts", "cpu_misses", "warmup_seconds")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,16 @@ def tests_of(prompts: Sequence[int], gens: Sequence[int], pairs: Sequence[Test],
     """llama-bench's order: prompts, generations, pairs; each at all depths."""
     plain = [Test(n, 0) for n in prompts if n] + [Test(0, n) for n in gens if n]
     return [replace(test, n_depth=depth) for test in [*plain, *pairs] for depth in depths if test.context]
+
+
+def given_tokens(text: str) -> list[int]:
+    """Ids of --tokens: a file, or 1,2,3. Raises RequestError for neither."""
+    named = text.removeprefix("@")
+    if os.path.exists(named) or text != named:
+        return token_list("@" + named)
+    if not text.replace(",", " ").strip().isdecimal() and "," not in text:
+        raise RequestError(f"--tokens {text[:60]}: no such file, and no ids such as 1,2,3")
+    return token_list(text)
 
 
 def forced_tokens(engine: Engine, count: int, given: Sequence[int] | None) -> np.ndarray:

@@ -57,7 +57,7 @@ def as_markdown(records: Records) -> str:
             "MiB/token", "stall ms/token"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- "] * len(head)) + "|"]
     for r in records:
-        tokens = max(1, r["prompt_tokens"] + r["generated_tokens"])
+        tokens = max(1, r["prompt_tokens"] + r["decoded_tokens"])
         cells = [
             r["model_type"],
             f"{r['model_size'] / 2**20:.2f} MiB",

@@ -17,6 +17,7 @@ from moe_cupy.device.host import usable_cores
 from moe_cupy.device.memory import free_and_total
 from moe_cupy.kernels.host.simd.isa import VARIABLE, chosen, usable
 from moe_cupy.store import RangeFile
+from moe_ref.interrupts import undoing
 
 MIB = 1 << 20
 
@@ -50,7 +51,7 @@ def memory_gbps(size: int = 256 * MIB) -> float:
 
 def disk_gbps(folder: str, size: int = 64 * MIB, piece: int = MIB) -> tuple[float, str]:
     """Rate of 1 MiB reads, one at a time, from a scratch file in ``folder``, and how they were read."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-doctor-") as scratch:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-doctor-") as scratch, undoing(scratch.close):
         scratch.write(os.urandom(MIB) * (size // MIB))
         scratch.flush()
         os.fsync(scratch.fileno())

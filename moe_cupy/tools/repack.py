@@ -17,6 +17,7 @@ from moe_cupy.store import MATRICES, ExpertStore, Layout, arrange, expert_layout
 from moe_ref.command import RequestError, check_writable, naming_full_disk, whole_file
 from moe_ref.config import load_config
 from moe_ref.gguf import GGUFFile
+from moe_ref.interrupts import undoing
 from moe_ref.quants import dequantize, quantize
 from moe_ref.tensors import check_tensors, vocab_rows
 
@@ -109,8 +110,9 @@ def appears_whole(path: str) -> Iterator[IO[bytes]]:
         yield out
         out.flush()
         os.fsync(handle)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".repack-") as folder:
-            named = os.path.join(folder, "store")
+        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".repack-")
+        with folder, undoing(folder.cleanup):
+            named = os.path.join(folder.name, "store")
             os.link(f"/proc/self/fd/{handle}", named, src_dir_fd=handle, follow_symlinks=True)
             os.replace(named, target)
 

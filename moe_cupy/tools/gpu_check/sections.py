@@ -23,6 +23,7 @@ from moe_cupy.kernels.samples import normal
 from moe_cupy.tools.gpu_check import speed
 from moe_cupy.tools.gpu_check.sanitizer import sanitizer
 from moe_cupy.tools.gpu_check.workbench import Workbench
+from moe_ref.interrupts import undoing
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
@@ -145,8 +146,9 @@ def replay(bench: Workbench) -> Iterator[Row]:
     trace, sizes = read_trace(ROOT / "data" / "moe-40m-routes.npz"), bench.sizes
     tokens = min(trace.shape[0], sizes.hidden)
     plan = Plan(tokens, trace.shape[1], trace.n_experts, trace.shape[2], sizes.hidden, sizes.ffn, "Q4_K")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "replay.gguf")
+    folder = tempfile.TemporaryDirectory()
+    with folder, undoing(folder.cleanup):
+        path = Path(folder.name, "replay.gguf")
         with path.open("wb") as out:
             written = synthesise(out, trace, plan, 0)
         yield {"name": "model", "GB": written / 1e9}

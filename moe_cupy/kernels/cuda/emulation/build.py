@@ -12,9 +12,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moe_cupy.kernels.cuda import sources
+from moe_ref.interrupts import undoing
 
 HERE = Path(__file__).parent
 COMMON = tuple(
@@ -83,13 +85,14 @@ def _digest(flavour: Flavour, parts: list[str]) -> str:
 def _run(command: list[str], target: Path) -> None:
     """Run a compiler that writes ``target``, which appears whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, delete=False) as temporary:
-        pass
+        unlink = partial(Path(temporary.name).unlink, missing_ok=True)
     try:
         whole = [*command, "-o", temporary.name]
         process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, start_new_session=True)
         _RUNNING.add(process)
         try:
-            errors = process.communicate()[1]
+            with undoing(unlink), undoing(partial(_kill, process)):
+                errors = process.communicate()[1]
         finally:
             _RUNNING.discard(process)
             _kill(process)
@@ -98,7 +101,7 @@ def _run(command: list[str], target: Path) -> None:
         os.chmod(temporary.name, 0o755)
         os.replace(temporary.name, target)
     except BaseException:
-        Path(temporary.name).unlink(missing_ok=True)  # a linker that fails removes it
+        unlink()  # a linker that fails removes it
         raise
 
 
@@ -112,8 +115,9 @@ def _kill(process: subprocess.Popen[str]) -> None:
 def _object(name: str, text: str, inputs: list[str], flavour: Flavour) -> Path:
     target = cache_folder() / f"{name}-{flavour.name}-{_digest(flavour, [text, *inputs])}.o"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as own:  # another process may compile the same
-            source = Path(own) / f"{name}.cpp"
+        own = tempfile.TemporaryDirectory(dir=target.parent)  # another process may compile the same
+        with own, undoing(own.cleanup):
+            source = Path(own.name) / f"{name}.cpp"
             source.write_text(text, "utf-8")
             _run([compiler(), *COMMON, *WARNINGS, *flavour.flags, "-c", str(source)], target)
     return target
@@ -123,7 +127,8 @@ def _objects(flavour: Flavour, stems: tuple[str, ...], folder: Path, formats: tu
     main = HERE / ("main.cpp" if flavour.is_program else "library.cpp")
     jobs = [(s, translation_unit(s, folder, formats), _inputs(s, folder)) for s in stems]
     jobs.append((main.stem, f'#include "{main}"\n', [main.read_text("utf-8")]))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    with pool, undoing(partial(pool.shutdown, wait=False, cancel_futures=True)):
         made = [pool.submit(_object, name, text, inputs, flavour) for name, text, inputs in jobs]
         try:
             return [each.result() for each in made]

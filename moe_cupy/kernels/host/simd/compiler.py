@@ -18,6 +18,7 @@ from llvmlite import binding
 
 from moe_cupy.kernels.host.simd.isa import Portable, chosen
 from moe_cupy.kernels.host.simd.rows import row_kernel
+from moe_cupy.numba_cache import not_kept, remove_begun
 
 DIGEST = 32  # bytes
 _KEPT: list[Any] = []  # engines: their code lives as long as they do
@@ -43,16 +44,27 @@ def _stored(name: str) -> bytes | None:
 
 
 def _store(name: str, code: bytes) -> None:
-    """Write whole or not at all; a folder that cannot be written is passed over."""
+    """Write whole or not at all, into the first folder that can be written; a warning where none can."""
     for folder in folders():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(file.name, folder / name)
+            _write(folder, name, hashlib.sha256(code).digest() + code)
             return
+        except OSError as error:
+            failure = error
+    not_kept(failure)
+
+
+def _write(folder: Path, name: str, content: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_begun(folder.glob("rows-*.begun"))
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="rows-", suffix=".begun", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.replace(file.name, folder / name)
         except OSError:
-            continue
+            os.unlink(file.name)
+            raise
 
 
 @cache
