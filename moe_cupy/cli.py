@@ -17,6 +17,7 @@ from moe_cupy.lab_commands import add_replay, add_routes, add_synth
 from moe_cupy.opening import open_engine, with_kernels
 from moe_cupy.plan_flags import add_plan
 from moe_cupy.run_command import cmd_run
+from moe_cupy.this_machine import profile_path
 from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
     RequestError,
@@ -117,6 +118,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     if args.write:
         from moe_cupy.profile_command import write_profile
 
+        if args.write == str(profile_path()):
+            profile_path().parent.mkdir(parents=True, exist_ok=True)
         write_profile(args.write, args.folder)
         return 0
     for name, finding in machine.facts(args.folder):
@@ -170,7 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench(command("bench", cmd_bench, engine=False, kind=BenchParser))
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
-    doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")
+    doctor.add_argument("--write", metavar="PROFILE.toml", nargs="?", const=str(profile_path()),
+        help="only measure this machine for `plan`, which finds it where no file is named")  # fmt: skip
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_gpu_check(command)
     for add in (add_routes, add_replay, add_synth, add_plan):

@@ -9,7 +9,6 @@ from moe_cupy.plan.tables import ENGINES, KV_TYPES, PlanError
 from moe_ref.command import add_model, decimal, number
 
 MOST_GB = 1e6  # of memory, and of its bandwidth a second
-DEFAULT_HARDWARE = "rtx5080-128g"
 SUMMARY = "Where every tensor goes, how fast it will be and why, what would help, and the equivalent commands."
 
 
@@ -76,7 +75,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _add_machine(group: Any) -> None:
     add = group.add_argument
-    add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
+    add("--hardware", default=None, metavar="NAME",
+        help="a machine or GPU of the table, or a profile.toml (default: this machine)")  # fmt: skip
     add("--vram", type=decimal(MOST_GB), metavar="GIB", help="memory of the GPU; 0: no GPU")
     add("--ram", type=decimal(MOST_GB, above=True), metavar="GB", help="host memory")
     add("--ram-bw", type=decimal(MOST_GB, above=True), metavar="GB/S", help="its bandwidth")

@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "engine_parser": {"plan", "moe_ref.parser"},
     "profile_command": {"*"},
     "opening": {"*"},
+    "this_machine": {"*"},
     "run_command": {"*"},
     "bench_command": {"*"},
     "demo": {"*"},
