@@ -15,7 +15,7 @@ SWEPT = ("model", "cache", "policy", "prefetch", "threads")  # the last changes 
 
 
 def cmd_bench(args: argparse.Namespace) -> None:
-    """llama-bench's tests and columns, plus what the expert cache did.
+    """Measure tokens per second: llama-bench's tests and columns, and what the expert cache did.
 
     Lists, such as --cache 25%,50% or -m A.gguf,B.gguf, are measured in all combinations.
     """

@@ -35,13 +35,16 @@ from moe_ref.console import Settings, note, progress, with_progress
 
 # Commands of moe-ref that are reached from here too.
 OF_REFERENCE = {
-    "inspect": "What a GGUF file is, and where its bytes are.",
-    "quantize": "A copy of a GGUF file with its weight matrices in other types.",
+    "inspect": "Show what a GGUF file is and where its bytes are.",
+    "quantize": "Write a copy of a GGUF file with its weight matrices in other types.",
 }
 
 
 def cmd_logits(args: argparse.Namespace) -> None:
-    """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
+    """Write the logits of every position of a list of tokens to a file.
+
+    The file is an .npz archive with the arrays tokens, int32 [T], and logits, float32 [T, vocab].
+    """
     import numpy as np
 
     tokens = token_list(args.tokens)
@@ -53,7 +56,7 @@ def cmd_logits(args: argparse.Namespace) -> None:
 
 
 def cmd_perplexity(args: argparse.Namespace) -> None:
-    """Chunks of -c tokens, each a fresh context whose first token is not scored."""
+    """Perplexity of a text in chunks of -c tokens; the first token of a chunk is not scored."""
     from moe_ref.perplexity import chunk, perplexity, report
     from moe_ref.split import open_model
     from moe_ref.tokenizer import load_tokenizer
@@ -67,7 +70,7 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
 
 
 def cmd_check(args: argparse.Namespace) -> int:
-    """Every op against its reference, the whole model against moe_ref; exit code 1 on any disagreement."""
+    """Compare every kernel with its reference and the whole model with moe_ref; exit code 1 if they disagree."""
     import numpy as np
 
     from moe_cupy.device import open_device
@@ -83,7 +86,7 @@ def cmd_check(args: argparse.Namespace) -> int:
 
 
 def cmd_repack(args: argparse.Namespace) -> None:
-    """Write a model's experts side by side into a file for --store, or check such a file."""
+    """Copy a model's experts, each in one piece, into a file for --store, or --verify such a file."""
     from moe_cupy.tools import repack
     from moe_ref.quantize import TYPES, type_called
     from moe_ref.split import open_model
@@ -109,7 +112,7 @@ def finished(steps: Iterator[tuple[int, int]], what: str) -> int:
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
-    """What this machine has, measured, and a self-test of the kernels."""
+    """Show what this machine has, with measured speeds, and test the kernels."""
     from moe_cupy.device import open_device
     from moe_cupy.tools import check, machine
 
@@ -165,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
     logits.add_argument("-o", "--output", required=True, help="file to write")
     ppl = command("perplexity", cmd_perplexity)
-    ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
+    ppl.add_argument("-f", "--file", required=True, help="UTF-8 text; - is standard input")
     ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")

@@ -37,7 +37,12 @@ def _add_computing(group: Any, act: str, threads: Any) -> None:
     add("-t", "--threads", type=threads, default=None, metavar="N", help="threads for compute (default: all cores)")
     add("--act", choices=("f32", "q8"), default=act, help="activations where they meet quantized weights: exact, or "
         "rounded to 8 bits as llama.cpp does, several times faster")  # fmt: skip
-    add("--decode", choices=["host", "device"], default="host", help="where it is decided what is loaded")
+    add(
+        "--decode",
+        choices=["host", "device"],
+        default="host",
+        help="where missing experts are chosen: by the host, or by kernels on the GPU",
+    )
     add("-v", "--verbose", "--log-verbose", action="store_true", help="list every tensor with its place and why")
 
 

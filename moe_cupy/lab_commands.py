@@ -132,9 +132,13 @@ def add_routes(commands: Any) -> None:
     given.add_argument("--tokens", help="ids such as 1,2,3, or @FILE")
     record.add_argument("--split", help="with -f: this text separates sequences")
     record.add_argument("-n", "--predict", type=number(0), default=0, help="greedy tokens after each prompt")
-    record.add_argument("--engine", choices=["cupy", "ref"], default="cupy", help="who runs the model (default cupy)")
+    record.add_argument(
+        "--engine", choices=["cupy", "ref"], default="cupy", help="program that runs the model (default cupy)"
+    )
     record.add_argument("--router", action="store_true", help="keep the router's probability of every expert")
-    record.add_argument("--ahead", action="store_true", help="keep what the next layer's router says one layer early")
+    record.add_argument(
+        "--ahead", action="store_true", help="also keep what the next layer's router chooses one layer early"
+    )
     record.add_argument("-o", "--output", required=True, help=".npz file to write")
     info = action("info", cmd_info)
     info.add_argument("routes", metavar="TRACE", help=".npz trace")
@@ -148,7 +152,7 @@ def add_routes(commands: Any) -> None:
 
 
 def cmd_replay(args: argparse.Namespace) -> None:
-    """Replay route traces through caches of many sizes, policies and prefetchers, always beside Belady."""
+    """Replay recorded routes through caches of many sizes, policies and prefetchers, and Belady's optimum."""
     from moe_cupy.compiled import POLICIES
     from moe_cupy.lab import report, runs
     from moe_cupy.lab.machine import Machine
@@ -242,7 +246,7 @@ def add_replay(commands: Any) -> None:
 
 
 def cmd_synth(args: argparse.Namespace) -> None:
-    """Write a model of any shape whose routers take recorded routes when ids 0, 1, 2, … are decoded."""
+    """Write a made-up model of any size that takes recorded routes when the ids 0, 1, 2, … are decoded."""
     from moe_cupy.lab.synth import Plan, synthesise
     from moe_cupy.lab.trace import read_trace
 

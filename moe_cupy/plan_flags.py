@@ -43,7 +43,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         help="experts of the first N layers in host memory")  # fmt: skip
     add("-ncffn", "--n-cpu-ffn", action=AddOverrides, type=number(0, 4096), metavar="N",
         help="dense networks of the first N layers in host memory")  # fmt: skip
-    add("-fit", "--fit", choices=["on", "off"], default="on", help="choose what is not given (default on)")
+    add("-fit", "--fit", choices=["on", "off"], default="on", help="choose the places that are not given (default on)")
     add(
         "-fitt",
         "--fit-target",

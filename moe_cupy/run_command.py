@@ -12,7 +12,7 @@ from moe_ref.generation import Generation, print_text, rows_text, sampler_of
 
 
 def cmd_run(args: argparse.Namespace) -> None:
-    """Text alone on stdout as it comes; on stderr placement, tok/s, hits, bytes and stalls."""
+    """Continue a prompt: the text is printed on stdout, statistics on stderr."""
     from moe_ref.split import open_model
 
     sampler = sampler_of(args)

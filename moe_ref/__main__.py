@@ -46,7 +46,7 @@ from moe_ref.split import open_model, open_readable
 
 
 def cmd_inspect(args: argparse.Namespace) -> None:
-    """Architecture, tensors and where the bytes are; works for any GGUF and says what is unsupported."""
+    """Show architecture, tensors and where the bytes are; works for any GGUF file and says what is unsupported."""
     file, remarks = open_readable(args.model)
     with file:
         facts = describe(file, remarks)
@@ -62,7 +62,10 @@ def open_rounded(args: argparse.Namespace) -> Model:
 
 
 def cmd_logits(args: argparse.Namespace) -> None:
-    """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
+    """Write the logits of every position of a list of tokens to a file.
+
+    The file is an .npz archive with the arrays tokens, int32 [T], and logits, float32 [T, vocab].
+    """
     tokens = token_list(args.tokens)
     logits = shown_logits(open_rounded(args), tokens).astype(np.float32)
     with whole_file(args.output) as out:
@@ -85,7 +88,7 @@ def continuation(model: Model, ids: Sequence[int], n_predict: int, sampler: Samp
 
 
 def cmd_generate(args: argparse.Namespace) -> None:
-    """Text as it comes."""
+    """Continue a prompt: the text is printed on stdout, statistics on stderr."""
     from moe_ref.tokenizer import load_tokenizer
 
     model = open_rounded(args)
@@ -104,7 +107,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 
 def cmd_perplexity(args: argparse.Namespace) -> None:
-    """Chunks of -c tokens, each a fresh context whose first token is not scored."""
+    """Perplexity of a text in chunks of -c tokens; the first token of a chunk is not scored."""
     from moe_ref.tokenizer import load_tokenizer
 
     model = open_rounded(args)
@@ -114,7 +117,7 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
 
 
 def cmd_tokenize(args: argparse.Namespace) -> None:
-    """Token ids of a text."""
+    """Print the token ids of a text."""
     from moe_ref.tokenizer import load_tokenizer
 
     text = args.prompt if args.prompt is not None else read_text(args.file)
@@ -128,7 +131,7 @@ def cmd_tokenize(args: argparse.Namespace) -> None:
 
 
 def cmd_dequantize(args: argparse.Namespace) -> None:
-    """One tensor as a float32 .npy file, in NumPy order."""
+    """Write one tensor as a float32 .npy file, in NumPy's order of axes."""
     with open_readable(args.model)[0] as file:
         if args.tensor not in file.tensors:
             raise RequestError(f"{args.tensor}: no such tensor; `python -m moe_ref inspect` lists them")
@@ -140,7 +143,7 @@ def cmd_dequantize(args: argparse.Namespace) -> None:
 
 
 def cmd_quantize(args: argparse.Namespace) -> None:
-    """A copy of a GGUF file with its weight matrices in other types; norms, routers and biases stay as they are."""
+    """Write a copy of a GGUF file with its weight matrices in other types; norms, routers and biases are kept."""
     name, rules = type_called(args.type, (*TYPES, *MIXES), "--type"), [parse_rule(rule) for rule in args.tensor_type]
     with open_model(args.model) as file:
         refuse_same_file(args.output, [part.path for part in getattr(file, "parts", [file])])
@@ -175,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
     for sub in (logits, generate, ppl):
         add_rounding(sub)
-    deq.add_argument("tensor", metavar="TENSOR")
+    deq.add_argument("tensor", metavar="TENSOR", help="its name, as `inspect` lists it")
     for sub in (logits, deq):
         sub.add_argument("-o", "--output", required=True, help="file to write")
     quant.add_argument("output", metavar="OUT", help="file to write")
@@ -184,12 +187,12 @@ def build_parser() -> argparse.ArgumentParser:
     quant.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help=rule)
     add_prompt(generate)
     add_sampling(generate)
-    ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
+    ppl.add_argument("-f", "--file", required=True, help="UTF-8 text; - is standard input")
     ppl.add_argument("-c", "--ctx-size", type=int, default=256, help="tokens of a chunk (default 256)")
     ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     source = tokenize.add_mutually_exclusive_group(required=True)
     source.add_argument("-p", "--prompt", help="text")
-    source.add_argument("-f", "--file", help="UTF-8 file")
+    source.add_argument("-f", "--file", help="UTF-8 file; - is standard input")
     tokenize.add_argument("--no-special", action="store_true", help="do not add begin/end tokens")
     tokenize.add_argument("--no-parse-special", action="store_true", help="read special tokens as plain text")
     for sub in (inspect, generate, ppl, tokenize):

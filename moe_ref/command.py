@@ -280,7 +280,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompt and length")
     group = prompt.add_mutually_exclusive_group(required=True)
     group.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue")
-    group.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    group.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file; - is standard input")
     add = prompt.add_argument
     add("-n", "--predict", "--n-predict", type=number(-1), default=-1, metavar="N", help="tokens; -1 until it ends")
     add("-cnv", "--conversation", action="store_true", help="send the prompt as a chat message")
