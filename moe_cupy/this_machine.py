@@ -34,8 +34,8 @@ def this_machine() -> tuple[Machine, str]:
     gpu, remark = found_gpu()
     machine = replace(machine_from(row, NAME, NAME), gpu=gpu, ram_kind=f"assumed: {ASSUMED['ram']} x 2")
     return machine, (f"planned for this machine, found: {cores} cores, {row['ram_gb']:.0f} GB of RAM, {remark}; "
-                     f"assumed: {ASSUMED['ram']} in two channels, a disk of {machine.disk_read / 1e9:g} GB/s; to measure, run "
-                     f"`moe-cupy doctor --write`; {OTHERS}")  # fmt: skip
+                     f"assumed: {ASSUMED['ram']} in two channels, a disk of {machine.disk_read / 1e9:g} GB/s; "
+                     f"measure it with `moe-cupy doctor --write`, or {OTHERS}")  # fmt: skip
 
 
 def found_gpu() -> tuple[Gpu | None, str]:

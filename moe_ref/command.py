@@ -190,8 +190,6 @@ def read_text(path: str) -> str:
 def _bytes_of(path: str) -> bytes:
     if path != "-":
         return Path(path).read_bytes()
-    if sys.stdin is None:  # where the caller closed it
-        raise RequestError("standard input is closed: there is nothing to read")
     if sys.stdin.isatty():
         note("reading standard input; Ctrl-D ends it")
     return sys.stdin.buffer.read()

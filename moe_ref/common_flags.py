@@ -42,9 +42,14 @@ def commands_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPa
             yield from nested or [command]
 
 
+def is_completing() -> bool:
+    """Whether a shell asks for completions."""
+    return "_ARGCOMPLETE" in os.environ
+
+
 def complete(parser: argparse.ArgumentParser) -> None:
     """Where a shell asks for completions, answer and end the process; otherwise nothing."""
-    if "_ARGCOMPLETE" in os.environ:
+    if is_completing():
         import argcomplete
 
         argcomplete.autocomplete(parser)

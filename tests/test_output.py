@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shlex
 import shutil
 import sqlite3
@@ -23,7 +24,7 @@ from moe_cupy.plan.emit import command
 from moe_cupy.plan.hardware import machine_called
 from moe_cupy.plan.planner import Request
 from moe_cupy.plan.shapes import preset
-from moe_ref import __version__, console
+from moe_ref import __version__, console, tokenizer
 from moe_ref.__main__ import build_parser as ref_parser
 from moe_ref.__main__ import main as ref_main
 from moe_ref.common_flags import commands_of
@@ -83,9 +84,9 @@ def test_a_prompt_comes_from_standard_input(main, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", stdin_of(b"\xff"))
     assert main([name, MODEL, "-f", "-", "-n", "2"]) == 2
     assert "standard input: is not UTF-8 text (byte 0)" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdin", stdin_of(b""))
     assert main([name, MODEL, "-f", "-", "-n", "2"]) == 2
-    assert "standard input is closed" in capsys.readouterr().err
+    assert "the prompt has 0 tokens" in capsys.readouterr().err
 
 
 def test_texts_to_tokenize_and_to_score_come_from_standard_input_too(monkeypatch, capsys):
@@ -141,10 +142,15 @@ def test_finish_reasons(n_prompt, made, asked, capacity, reason, truncated):
 
 
 def test_a_stop_token_is_the_finish_reason_stop(monkeypatch, capsys):
-    from moe_ref.tokenizer import Tokenizer
+    second, real = made(cupy_main, "run", capsys, "-n", "2")["tokens"][1], tokenizer.load_tokenizer
 
-    second = made(cupy_main, "run", capsys, "-n", "2")["tokens"][1]
-    monkeypatch.setattr(Tokenizer, "eog_ids", frozenset([second]), raising=False)
+    def ending_there(metadata):
+        loaded = real(metadata)
+        loaded.eog_ids = frozenset([second])
+        return loaded
+
+    monkeypatch.setattr(tokenizer, "load_tokenizer", ending_there)
+    monkeypatch.setattr("moe_cupy.engine.engine.load_tokenizer", ending_there)
     for main, name in BOTH:
         got = made(main, name, capsys, "-n", "8")
         assert (got["finish_reason"], len(got["tokens"])) == ("stop", 1)
@@ -233,11 +239,22 @@ def test_bash_accepts_the_completion(main, capsys):
     assert done.returncode == 0 and name in done.stdout, done.stderr
 
 
-def test_completion_answers_with_commands_and_flags(tmp_path, monkeypatch):
-    finder = pytest.importorskip("argcomplete.finders")
-    complete = finder.CompletionFinder(cupy_parser())
-    assert {"run", "bench", "inspect"} <= set(complete._get_completions([], "", "", None))
-    assert "--cache" in complete._get_completions(["run"], "--ca", "", None)
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("moe-cupy ", ["run", "bench", "inspect", "quantize"]),
+        ("moe-cupy run --ca", ["--cache"]),
+        ("moe-cupy run -m x.gguf --device ", ["host", "cuda"]),
+        ("moe-cupy routes ", ["record", "info", "import"]),
+        ("moe-ref generate --te", ["--temp"]),
+    ],
+)
+def test_completion_answers_with_commands_flags_and_values(line, offered, monkeypatch):
+    argcomplete = pytest.importorskip("argcomplete")
+    monkeypatch.setattr(os, "environ", os.environ | {"_ARGCOMPLETE": "1"})
+    finder = argcomplete.CompletionFinder((ref_parser if "ref" in line else cupy_parser)())
+    _, prefix, _, words, _ = argcomplete.lexers.split_line(line)
+    assert set(offered) <= set(finder._get_completions(words, prefix, "", None))
 
 
 def test_completion_without_argcomplete_is_one_line(monkeypatch, capsys):
