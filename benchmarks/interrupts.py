@@ -75,7 +75,7 @@ def interrupted(which: str, cache: str, moment: float, check_next: bool) -> Ende
 
 
 def tried(which: str, args: argparse.Namespace) -> list[Ended]:
-    """All moments of one kind; a run that ended by itself (exit code 0, no word of an interrupt) is left out."""
+    """All moments of one kind; a run that had ended by itself is left out."""
     found, draw = [], random.Random(args.seed)
     with tempfile.TemporaryDirectory() as warm:
         lasts = whole(which, warm)[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_cupy.cache import parse_cache
 from moe_cupy.cache.tabled import RULES
 from moe_cupy.compiled import POLICIES
 from moe_cupy.device import CHOICES
@@ -83,7 +84,10 @@ class Options:
             raise ValueError(f"{name}: {shown(value)}{example or ', expected text'}")
 
     def _check_others(self) -> None:
-        """Values of several types; None stands for the default."""
+        """Sizes, and values of several types; None stands for the default."""
+        for name in ("cache", "host_cache"):
+            if (text := getattr(self, name).strip().lower()) != "auto":
+                parse_cache(text, f"--{name.replace('_', '-')}")
         for name in ("direct_io", "progress"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise ValueError(f"{name}: {shown(getattr(self, name))}, expected True or False")

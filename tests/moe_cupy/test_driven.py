@@ -275,9 +275,9 @@ def test_requests_that_cannot_be_met_say_why(model, capsys):
     assert "--decode device: the host device has no memory of its own; use --decode host" in capsys.readouterr().err
     with pytest.raises(BudgetError, match="too small"):
         Engine(model, device="emulated", decode="device", policy="lru", cache="slots:1")
-    with pytest.raises(ValueError, match=r"--policy hobbit: not with --decode device.*use one of lru, fifo, lfu, "):
+    with pytest.raises(ValueError, match=r"^policy='hobbit': not with decode='device'.*use one of lru, fifo, lfu, "):
         Engine(model, device="emulated", decode="device", policy="hobbit")
-    with pytest.raises(ValueError, match=r"--prefetch echo: not with --decode device.*use one of none, next-gate, or"):
+    with pytest.raises(ValueError, match=r"^prefetch='echo': not with decode='device'.*use one of none, next-gate, or"):
         Engine(model, device="emulated", decode="device", policy="lru", prefetch="echo")
-    with pytest.raises(ValueError, match="--decode gpu: unknown"):
+    with pytest.raises(ValueError, match=r"^decode='gpu': unknown"):
         Engine(model, decode="gpu")

@@ -117,11 +117,13 @@ def refused(path: Path, key: str, value: str, device: str = "host") -> str:
 
 def test_what_no_kernel_serves_is_refused_in_one_line(five_to_one, model_file, tmp_path):
     unknown = refused(five_to_one, "f32", "q4_0")
-    assert unknown == "-ctv: KV cache type 'q4_0' is not supported; supported: f32, f16, q8_0"
+    assert unknown == "cache_type_v: KV cache type 'q4_0' is not supported; supported: f32, f16, q8_0"
     odd = tiny_moe(tmp_path / "odd.gguf", Shape(head=48))
-    assert "-ctk q8_0: its blocks of 32 do not divide the 48 numbers that layer 0" in refused(odd, "q8_0", "f16")
-    assert "-ctv q8_0: its blocks of 32" in refused(odd, "f16", "q8_0")
+    blocks = "cache_type_k='q8_0': its blocks of 32 do not divide the 48 numbers that layer 0"
+    assert blocks in refused(odd, "q8_0", "f16")
+    assert "cache_type_v='q8_0': its blocks of 32" in refused(odd, "f16", "q8_0")
     assert "caches one vector as both; give both the same type" in refused(model_file("latent"), "q8_0", "f16")
     if shutil.which("g++"):
+        given = "cache_type_k='q8_0' cache_type_v='f16'"
         words = refused(five_to_one, "q8_0", "f16", "emulated")
-        assert words == "-ctk q8_0 -ctv f16: kernels of the emulated device take keys and values of one type"
+        assert words == f"{given}: kernels of the emulated device take keys and values of one type"

@@ -245,9 +245,9 @@ def test_what_is_resident_on_either_side_does_not_change_a_bit(tiny):
         engine.empty_cache()
         stepped(engine, TOKENS[:1])
         assert engine.stats.cpu_misses == engine.stats.misses == 2 * 2, "of each side's two layers"
-    with pytest.raises(BudgetError, match=r"--host-cache of slots:2 is too small"):
+    with pytest.raises(BudgetError, match=r"^host_cache of slots:2 is too small"):
         Engine(tiny, host_cache="slots:2", **options)
-    with pytest.raises(BudgetError, match=r"--host-cache 101%: more than all experts"):
+    with pytest.raises(BudgetError, match=r"^host_cache='101%': more than all experts"):
         Engine(tiny, host_cache="101%", **options)
     with Engine(tiny, cache="slots:2", host_cache="slots:4", **options) as engine:
         assert np.array_equal(engine.logits(TOKENS), full) and np.array_equal(stepped(engine, TOKENS), steps)
@@ -397,7 +397,7 @@ def test_matrices_of_experts_apart_are_refused_by_name(capsys, tmp_path):
 
 
 def test_a_device_that_decides_alone_takes_no_division():
-    with pytest.raises(PlanError, match=r"--decode device runs whole tokens on the GPU.*use --decode host"):
+    with pytest.raises(PlanError, match=r"^decode device runs whole tokens on the GPU.*use decode='host'"):
         Engine(MODEL, device="emulated", decode="device", overrides=cpu_moe())
     with Engine(MODEL, device="emulated", decode="device", n_gpu_layers=99) as engine:
         assert not engine.split.is_divided
@@ -428,7 +428,7 @@ def test_the_host_device_takes_the_flags_and_says_that_they_do_nothing(tiny):
         got = engine.logits(TOKENS)
     with Engine(tiny, device="host") as engine:
         assert np.array_equal(engine.logits(TOKENS), got) and "effect" not in engine.device_reason
-    with pytest.raises(PlanError, match="-ngl some"):
+    with pytest.raises(PlanError, match=r"^n_gpu_layers='some': "):
         Engine(tiny, device="host", n_gpu_layers="some")
 
 
