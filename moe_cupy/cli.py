@@ -196,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is not None and sys.stderr.isatty():
         from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # a thread of its own would only redraw bars that stand still
         Settings.bar = tqdm
     if words and words[0] in OF_REFERENCE:
         from moe_ref.__main__ import main as reference

@@ -17,7 +17,7 @@ from moe_ref.command import (
     token_list,
     whole_file,
 )
-from moe_ref.console import note, print_json
+from moe_ref.console import note, print_json, with_progress
 
 Command = Callable[[str, Any], argparse.ArgumentParser]  # (name, what runs it) -> its parser
 
@@ -58,7 +58,7 @@ def _record_engine(args: argparse.Namespace) -> Any:
     from moe_cupy.lab.record import Recorder, expert_bytes_in
     from moe_ref.attention import softmax
 
-    with Engine(args.model, prefetch="next-gate" if args.ahead else "none") as engine:
+    with Engine(args.model, prefetch="next-gate" if args.ahead else "none", progress=True) as engine:
         recorder = Recorder(engine.config.expert_count, args.router)
         before: dict[int, Any] = {}  # layer -> what was said of it early; nothing is, of the first
 
@@ -75,7 +75,7 @@ def _record_engine(args: argparse.Namespace) -> Any:
             for at in range(0, len(ids), engine.options.ubatch_size):
                 logits = engine.prefill(ids[at : at + engine.options.ubatch_size])
                 recorder.end_pass(generated=False)
-            for _ in range(args.predict):
+            for _ in with_progress(range(args.predict), "tokens", args.predict):
                 logits = engine.decode(int(logits.argmax()))
                 recorder.end_pass(generated=True)
         return recorder.trace(source="moe_cupy", model=Path(engine.file.path).name, **expert_bytes_in(engine.file))
@@ -171,7 +171,7 @@ def cmd_replay(args: argparse.Namespace) -> None:
         expert_bytes=args.expert_bytes, tokens=args.tokens, profile=args.profile,
     )  # fmt: skip
     rows = []
-    for row in runs.run_all(todo, args.jobs, POLICIES):
+    for row in with_progress(runs.run_all(todo, args.jobs, POLICIES), "replays", len(todo)):
         rows.append(row)
         note(f"{len(rows)}/{len(todo)} {row['routes']} {row['capacity']:g} {row['policy']} + {row['prefetch']}: "
              f"{100 * row['hit_rate']:.2f}%")  # fmt: skip
