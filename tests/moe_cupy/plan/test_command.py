@@ -51,7 +51,7 @@ def test_the_json_contract(capsys):
               "vram_bytes": int, "ram_bytes": int, "disk_bytes": int, "cache_slots": int, "hit_rate": float,
               "tensors": list, "commands": dict, "warnings": list}  # fmt: skip
     assert {name: type(plan[name]) for name in wanted} == wanted
-    assert set(plan["commands"]) == {"llama.cpp", "ik_llama.cpp"}
+    assert set(plan["commands"]) == {"moe-cupy", "llama.cpp", "ik_llama.cpp"}
     assert {"pattern", "where", "bytes"} <= set(plan["tensors"][0])
 
 
