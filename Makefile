@@ -15,10 +15,10 @@ help: ## this list
 demo: ## a trained MoE model talks with 25% of its experts resident
 	@sh scripts/demo.sh
 
-test: ## ruff, mypy, pytest, notebooks: what CI runs
+test: ## ruff, mypy, pytest, notebooks: at most eight minutes of two cores
 	@sh scripts/test.sh
 
-test-all: ## the same with the slow tests
+test-all: ## the same with the slow tests: about an hour and a half of one core
 	@sh scripts/test.sh --all
 
 lint: ## ruff and mypy only
@@ -29,7 +29,7 @@ oracle: ## the reference against llama.cpp and transformers, file by file; write
 	@OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/oracle.py --write docs/results.md $(ORACLE_ARGS)
 
 cuda-gates: ## compile the CUDA kernels for seven architectures, no GPU needed; compares docs/kernels.md
-	@sh scripts/cuda_gates.sh
+	@sh scripts/cuda_gates.sh --all
 
 gpu-check: ## on a machine with a GPU: kernels, models, copies, rates; writes gpu-check.json and .md, under 8 minutes
 	@sh scripts/gpu_check.sh $(GPU_CHECK_ARGS)

@@ -12,6 +12,8 @@ from moe_cupy.plan_flags import add_placement
 from moe_cupy.prefetch import PREFETCHERS
 from moe_ref.command import add_model, number
 
+CACHE_TYPES = "f32 (default), f16, bf16, q8_0, q4_0"
+
 
 def add_engine(parser: argparse.ArgumentParser, act: str, threads: Any = int, several: bool = False) -> None:
     """How to run; ``act`` is the default of --act, ``threads`` reads the value of -t, ``several`` allows lists."""
@@ -27,8 +29,8 @@ def _add_context(group: Any) -> None:
     add("-c", "--ctx-size", type=int, default=0, metavar="N", help="context; 0: the model's, at most 4096 (default)")
     add("-ub", "--ubatch-size", type=int, default=512, metavar="N", help="prompt tokens at a time")
     add("-b", "--batch-size", type=number(1), metavar="N", help="bounds -ub, as in llama.cpp")
-    add("-ctk", "--cache-type-k", default="f32", metavar="TYPE", help="type of cached keys: f32 (default), f16, q8_0")
-    add("-ctv", "--cache-type-v", default="f32", metavar="TYPE", help="type of cached values: f32 (default), f16, q8_0")
+    add("-ctk", "--cache-type-k", default="f32", metavar="TYPE", help=f"type of cached keys: {CACHE_TYPES}")
+    add("-ctv", "--cache-type-v", default="f32", metavar="TYPE", help=f"type of cached values: {CACHE_TYPES}")
 
 
 def _add_computing(group: Any, act: str, threads: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from moe_ref.parser import Parser, nearest
 
 ZERO_OR_ONE = re.compile(r"[01](,[01])*")  # llama-bench gives one to every switch
+OTHERS = "Other flags of llama.cpp and ik_llama.cpp are taken with a line why they have no effect, or refused by name."
 
 
 class CommandParser(Parser):
@@ -29,10 +30,11 @@ class CommandParser(Parser):
         from moe_cupy.plan.flag_table import answers, is_known, others, spellings
 
         if not is_known(flag):
-            near = nearest(flag, [*self._option_string_actions, *others(), *spellings()])
+            near = nearest(flag, self._option_string_actions) or nearest(flag, [*others(), *spellings()])
             self.error(f"{flag}: there is no such flag{near}")
         answer = answers().get(flag)
         why = f": {answer.text}" if answer and answer.refused else ""
+        why = ": --from-command explains a whole line" if "--from-command" in self._option_string_actions else why
         self.error(f"{flag}: {self.prog} does not have this flag of llama.cpp{why}")
 
 
@@ -44,6 +46,9 @@ class EngineParser(CommandParser):
 
     environment = True
     gives_switches_values = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, epilog=OTHERS, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
         self._without_effect: dict[str, list[str]] = {}  # why -> flags

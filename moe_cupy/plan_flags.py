@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from moe_cupy.plan.flag_table import ON_OFF
 from moe_cupy.plan.tables import ENGINES, KV_TYPES, PlanError
 from moe_ref.command import add_model, decimal, number
 
@@ -21,7 +22,8 @@ class AddOverrides(argparse.Action):
         rules = list(namespace.overrides)
         try:
             if option in ("-ot", "--override-tensor"):
-                rules += parse_overrides(values)
+                in_bench = getattr(parser, "gives_switches_values", False)  # llama-bench parts rules by semicolons
+                rules += parse_overrides(values.replace(";", ",") if in_bench else values)
             elif option in ("-cmoe", "--cpu-moe"):
                 rules += cpu_moe()
             else:
@@ -43,7 +45,14 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         help="experts of the first N layers in host memory")  # fmt: skip
     add("-ncffn", "--n-cpu-ffn", action=AddOverrides, type=number(0, 4096), metavar="N",
         help="dense networks of the first N layers in host memory")  # fmt: skip
-    add("-fit", "--fit", choices=["on", "off"], default="on", help="choose the places that are not given (default on)")
+    add(
+        "-fit",
+        "--fit",
+        type=on_or_off,
+        choices=["on", "off"],
+        default="on",
+        help="choose the places that are not given (default on)",
+    )
     add(
         "-fitt",
         "--fit-target",
@@ -106,3 +115,8 @@ def _add_outputs(group: Any) -> None:
     add("--windows", action="store_true", help="commands quoted for cmd and PowerShell")
     add("--plot", metavar="PNG", help="predicted speed against cache size, as a picture")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
+
+
+def on_or_off(text: str) -> str:
+    """llama.cpp's words for either, as "on" and "off"; another word as it is."""
+    return ON_OFF.get(text, text)

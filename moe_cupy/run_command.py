@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from moe_cupy.opening import open_engine
-from moe_ref.command import RequestError, prompt_text
+from moe_ref.command import RequestError, prompt_ids, prompt_text
 from moe_ref.console import note, print_json, warn
 from moe_ref.generation import Generation, print_text, rows_text, sampler_of
 
@@ -19,7 +19,7 @@ def cmd_run(args: argparse.Namespace) -> None:
     with open_model(args.model) as file:  # a mistake in the prompt is told before a large model is loaded
         text = prompt_text(args, file.metadata)
     with open_engine(args) as engine:
-        ids = engine.tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
+        ids = prompt_ids(args, engine.tokenizer, text)
         if not 1 <= len(ids) <= engine.kv.capacity:
             raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{engine.kv.capacity} (-c)")
         tokens = engine.generate_tokens(ids, args.predict, sampler, engine.tokenizer.eog_ids)

@@ -24,6 +24,7 @@ from moe_ref.command import (
     add_rounding,
     add_sampling,
     number,
+    prompt_ids,
     prompt_text,
     read_text,
     refuse_same_file,
@@ -94,7 +95,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     model = open_rounded(args)
     tokenizer = load_tokenizer(model.file.metadata)
     text = prompt_text(args, model.file.metadata)
-    ids = tokenizer.encode(text, add_special=not args.conversation, parse_special=True)
+    ids = prompt_ids(args, tokenizer, text)
     if not ids or len(ids) > model.config.context_length:
         raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{model.config.context_length}")
     sampler = sampler_of(args)

@@ -24,6 +24,7 @@ class Quirks:
     # Attention
     mixer: str = "gqa"  # "mla": keys and values are rebuilt from one small vector a position
     rope: str = "neox"  # pairs (i, i + n_rot/2); "norm": pairs (2i, 2i + 1)
+    part_rope: bool = False  # llama.cpp runs files in which only a part of each head is rotated
     rope_sections: str = ""  # "interleaved", "blocks": of rope.dimension_sections; which pairs follow the text position
     rope_factors: tuple[str, ...] = ()  # tensors of divisors of the frequencies that a file may have
     qk_norm: str = "none"  # RMS norm of q and k: "head", "row" (before the split), "unit" (weightless, after RoPE)
@@ -31,6 +32,7 @@ class Quirks:
     no_rope_every: int = 0  # each n-th layer has no rotary positions; its q is scaled by temperature instead
     window: str = "none"  # "sliding", "chunked"
     window_every: int = 0  # each n-th layer sees all positions, where the file gives no pattern
+    window_rope: str = "model"  # layers with a window turn by the model's base and factor; "default": 10000 and 1
     sinks: bool = False  # a learned logit per head that takes part in the softmax and carries no value
     attention_scale: float = 0.0  # 0: the file's key, else one over the root of the key length
     value_norm: bool = False  # weightless RMS norm of v
@@ -38,6 +40,7 @@ class Quirks:
     recurrent: str = ""  # most layers are gated delta nets: v head h has k head h // r ("repeat") or h % n ("tile")
 
     # Layer
+    predicting: bool = False  # files may have layers behind the trunk, which predict tokens after the next
     norm: str = "rms"  # "layer": the mean is subtracted too
     ffn_norm: str = "ffn_norm"  # which tensor is the norm before the feed-forward network
     post_norms: bool = False  # each branch is normalised again before it is added
@@ -58,7 +61,8 @@ class Quirks:
 
 
 _QWEN_HYBRID: dict[str, Any] = dict(
-    qk_norm="head", output_gate=True, ffn_norm="post_attention_norm", shared=True, shared_gate=True
+    part_rope=True, qk_norm="head", output_gate=True, predicting=True, ffn_norm="post_attention_norm", shared=True,
+    shared_gate=True,
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, Quirks] = {
@@ -74,23 +78,26 @@ ARCHITECTURES: dict[str, Quirks] = {
     "qwen35moe": Quirks(recurrent="tile", rope_sections="interleaved", **_QWEN_HYBRID),
     "olmoe": Quirks(qk_norm="row", renormalise=False),
     "deepseek": Quirks(rope="norm", rope_factors=ROPE_FACTORS[:1], shared=True, renormalise=False),
-    "deepseek2": Quirks(mixer="mla", rope="norm", shared=True, gating=None, renormalise=None),
+    "deepseek2": Quirks(
+        mixer="mla", rope="norm", part_rope=True, predicting=True, shared=True, gating=None, renormalise=None
+    ),
     "glm4moe": Quirks(
-        qk_norm="head", qk_norm_optional=True, rope_sections="blocks", ffn_norm="post_attention_norm", shared=None,
-        gating=None, default_gating="sigmoid", renormalise=None,
+        part_rope=True, rope_sections="blocks", qk_norm="head", qk_norm_optional=True, predicting=True,
+        ffn_norm="post_attention_norm", shared=None, gating=None, default_gating="sigmoid", renormalise=None,
     ),
     "gpt-oss": Quirks(
         window="sliding", window_every=2, sinks=True, ffn_norm="post_attention_norm", activation="swiglu_oai",
         gating=SELECTED, renormalise=False,
     ),
     "granitemoe": Quirks(rope="norm", rope_factors=ROPE_FACTORS, experts="optional", shared=None),
-    "phimoe": Quirks(rope_factors=ROPE_FACTORS[1:]),
-    "minimax-m2": Quirks(qk_norm="row", gating=None, default_gating=""),
+    "phimoe": Quirks(part_rope=True, rope_factors=ROPE_FACTORS[1:]),
+    "minimax-m2": Quirks(part_rope=True, qk_norm="row", gating=None, default_gating=""),
     "ernie4_5-moe": Quirks(rope="norm", shared=None),
     "dbrx": Quirks(norm="layer", ffn_norm="attn_output_norm"),
     "gemma4": Quirks(
-        qk_norm="head", rope_factors=ROPE_FACTORS[:1], window="sliding", attention_scale=1.0, value_norm=True,
-        post_norms=True, embedding_scale="root", softcap=30.0, experts="optional", dense_beside=True, activation="gelu",
+        part_rope=True, rope_factors=ROPE_FACTORS[:1], qk_norm="head", window="sliding", window_rope="default",
+        attention_scale=1.0, value_norm=True, post_norms=True, embedding_scale="root", softcap=30.0, experts="optional",
+        dense_beside=True, activation="gelu",
     ),
 }  # fmt: skip
 
@@ -110,5 +117,20 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "leading_dense_block_count": ("deepseek", "deepseek2", "ernie4_5-moe", "glm4moe"),
     "logit_scale": ("granitemoe",),
     "residual_scale": ("granitemoe",),
+    "rope.freq_base_swa": ("gemma4", "gpt-oss", "llama4"),
     "rope.scaling.yarn_log_multiplier": ("deepseek2",),
+}
+
+# Keys without which llama.cpp loads no file of these architectures, where no other file shows their value.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "attention.clamp_kqv": ("dbrx",),
+    "interleave_moe_layer_step": ("ernie4_5-moe", "llama4"),
+    "logit_scale": ("granitemoe",),
+    "rope.dimension_sections": ("qwen35moe",),
+}
+
+# Keys of inner widths, and the architectures that llama.cpp does not read them for: the tensors alone say it there.
+UNREAD_WIDTHS: dict[str, tuple[str, ...]] = {
+    "expert_feed_forward_length": ("dbrx", "granitemoe", "llama", "olmoe", "phimoe"),
+    "expert_shared_feed_forward_length": ("deepseek", "deepseek2", "glm4moe", "llama", "llama4"),
 }

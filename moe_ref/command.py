@@ -314,3 +314,9 @@ def unescaped(text: str) -> str:
         return chr(int(match[2], 16)) if match[2] else ESCAPES[match[1]]
 
     return re.sub(r"""\\([nrt'"\\]|x([0-7][0-9a-fA-F]))""", meant, text)
+
+
+def prompt_ids(args: argparse.Namespace, tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what :func:`prompt_text` returned."""
+    ids: list[int] = tokenizer.encode_chat(text) if args.conversation else tokenizer.encode(text)
+    return ids

@@ -169,7 +169,7 @@ def _routing(keys: Keys, quirks: Quirks, experts: int, vocab_size: int, layers: 
     return counts | {
         "expert_used_count": _used(keys, experts) if experts else 0,
         "expert_weights_scale": _factor(keys, "expert_weights_scale"),
-        "gating": _gating(keys, quirks, len(layers), vocab_size),
+        "gating": _gating(keys, quirks, len(layers), keys.number("vocab_size", int, default=vocab_size, least=0)),
         "renormalise": _renormalise(keys, quirks),
         "shared": bool(shared and experts),
     }
@@ -184,11 +184,11 @@ def _used(keys: Keys, experts: int) -> int:
 
 def _groups(keys: Keys, experts: int) -> dict[str, int]:
     groups = keys.number("expert_group_count", int, default=1, least=0) or 1
-    used = keys.number("expert_group_used_count", int, default=groups, least=0) or groups
-    if experts % groups or used > groups or experts // groups < 2 <= groups:
+    used = keys.number("expert_group_used_count", int, default=0, least=0) if groups > 1 else 1
+    if experts % groups or experts // groups < 2 <= groups or not 1 <= used <= max(1, groups - 1):
         raise ConfigError(
-            f"{keys.architecture}.expert_group_count: {groups} groups, {used} of them used, do not divide "
-            f"{experts} experts into groups of two or more"
+            f"{keys.architecture}.expert_group_count: {experts} experts in {groups} groups, {used} of them used "
+            "(expert_group_used_count); expected groups of two experts or more, of which one or more are not used"
         )
     return {"expert_group_count": groups, "expert_group_used_count": used}
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from moe_ref.architectures import READ_BY
+from moe_ref.architectures import READ_BY, REQUIRED
 
 
 class ConfigError(ValueError):
@@ -28,11 +28,7 @@ class Keys:
 
     def number(self, key: str, kind: type, default: Any = None, least: float = 1) -> Any:
         """One ``kind`` of at least ``least``; ``default`` if absent, and None says that it must be there."""
-        name = f"{self.architecture}.{key}"
-        value = self.metadata.get(name, default)
-        if value is None:
-            raise ConfigError(f"{name}: missing, and {self.architecture} cannot run without it")
-        return self._checked(name, value, kind, least)
+        return self._checked(f"{self.architecture}.{key}", self._value(key, default), kind, least)
 
     def per_layer(self, key: str, count: int, default: Any = None, least: float = 1) -> list[int]:
         """``count`` whole numbers: those of an array, or one number for all layers."""
@@ -40,9 +36,9 @@ class Keys:
         value = self.metadata.get(name, default)
         if not _is_array(value):
             return [self.number(key, int, default, least)] * count
-        if len(value) < count:
+        if len(value) != count:
             raise ConfigError(f"{name}: {len(value)} values for {count} layers")
-        return [self._checked(name, item, int, least) for item in list(value)[:count]]
+        return [self._checked(name, item, int, least) for item in value]
 
     def flags(self, key: str, count: int) -> list[bool] | None:
         """``count`` booleans of an array; None if the key is absent or a number."""
@@ -57,7 +53,7 @@ class Keys:
     def numbers(self, key: str) -> list[int]:
         """All whole numbers of an array; empty if absent."""
         name = f"{self.architecture}.{key}"
-        value = self.metadata.get(name, [])
+        value = self._value(key, [])
         if not _is_array(value):
             raise ConfigError(f"{name}: expected an array, found {value!r}")
         return [self._checked(name, item, int, 0) for item in value]
@@ -80,6 +76,13 @@ class Keys:
         if _is_array(value) or value not in accepted:
             shown = list(value) if _is_array(value) else value
             raise ConfigError(f"{name}: {shown!r} is not supported; supported: {', '.join(map(repr, accepted))}")
+
+    def _value(self, key: str, default: Any) -> Any:
+        name = f"{self.architecture}.{key}"
+        value = self.metadata.get(name, None if self.architecture in REQUIRED.get(key, ()) else default)
+        if value is None:
+            raise ConfigError(f"{name}: missing, and {self.architecture} cannot run without it")
+        return value
 
     def _checked(self, name: str, value: Any, kind: type, least: float) -> Any:
         if not isinstance(value, int | float) or isinstance(value, bool):

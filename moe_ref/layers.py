@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 from moe_ref.architectures import LLAMA4_CHUNK, Quirks
@@ -10,6 +11,7 @@ from moe_ref.keys import ConfigError, Keys
 from moe_ref.rope import Rope
 
 MAX_LAYERS = 4096
+DEFAULT_BASE = 10000.0  # of rope.freq_base
 SCALINGS = {name: name for name in ("none", "linear", "yarn", "longrope")}  # values of rope.scaling.type
 
 
@@ -35,8 +37,8 @@ def read_layers(keys: Keys, quirks: Quirks, width: int, experts: int) -> tuple[L
     n = blocks - keys.number("nextn_predict_layers", int, default=0, least=0)  # the last ones predict further tokens
     if not 1 <= n <= blocks <= MAX_LAYERS:
         raise ConfigError(f"{keys.architecture}.block_count: {blocks} layers, {n} of them in the trunk; at most 4096")
-    heads = keys.per_layer("attention.head_count", n)
-    heads_kv = keys.per_layer("attention.head_count_kv", n, default=heads)
+    heads = keys.per_layer("attention.head_count", blocks)
+    heads_kv = keys.per_layer("attention.head_count_kv", blocks, default=heads)
     is_moe = _moe_layers(keys, quirks, n, experts)
     recurrent = _recurrent(keys, quirks, n)
     window, windowed = _windows(keys, quirks, n)
@@ -54,6 +56,8 @@ def read_layers(keys: Keys, quirks: Quirks, width: int, experts: int) -> tuple[L
             )
         )  # fmt: skip
         _check(keys, layers[-1], rope)
+    if not quirks.part_rope:
+        _warn_of_parts(keys, layers)
     return tuple(layers)
 
 
@@ -67,8 +71,10 @@ def _moe_layers(keys: Keys, quirks: Quirks, n: int, experts: int) -> list[bool]:
 def _recurrent(keys: Keys, quirks: Quirks, n: int) -> list[bool]:
     if not quirks.recurrent:
         return [False] * n
+    if (flags := keys.flags("attention.recurrent_layers", n)) is not None:
+        return flags
     every = keys.number("full_attention_interval", int, default=4)
-    return keys.flags("attention.recurrent_layers", n) or [(i + 1) % every != 0 for i in range(n)]
+    return [(i + 1) % every != 0 for i in range(n)]
 
 
 def _windows(keys: Keys, quirks: Quirks, n: int) -> tuple[int, list[bool]]:
@@ -81,10 +87,13 @@ def _windows(keys: Keys, quirks: Quirks, n: int) -> tuple[int, list[bool]]:
         length = LLAMA4_CHUNK
     else:
         length = keys.number("attention.sliding_window", int)
-    if (flags := keys.flags("attention.sliding_window_pattern", n)) is not None:
-        return length, flags
-    every = keys.number("attention.sliding_window_pattern", int, default=quirks.window_every or None, least=0)
-    return length, [every == 0 or i % every < every - 1 for i in range(n)]
+    windowed = keys.flags("attention.sliding_window_pattern", n)
+    if windowed is None:
+        every = keys.number("attention.sliding_window_pattern", int, default=quirks.window_every or None, least=0)
+        windowed = [every == 0 or i % every < every - 1 for i in range(n)]
+    if not any(windowed):
+        raise ConfigError(f"{keys.architecture}.attention.sliding_window_pattern: no layer has a window")
+    return length, windowed
 
 
 def _head_widths(keys: Keys, quirks: Quirks, default: int, windowed: bool) -> tuple[int, int]:
@@ -101,20 +110,24 @@ def _head_widths(keys: Keys, quirks: Quirks, default: int, windowed: bool) -> tu
 
 def _rope(keys: Keys, quirks: Quirks, key_length: int, windowed: bool) -> Rope:
     n_rot = keys.number("rope.dimension_count", int, default=key_length)
-    base = keys.number("rope.freq_base", float, default=10000.0, least=1e-3)
-    if windowed:
-        n_rot = keys.number("rope.dimension_count_swa", int, default=n_rot)
-        base = keys.number("rope.freq_base_swa", float, default=base, least=1e-3)
+    base = keys.number("rope.freq_base", float, default=DEFAULT_BASE, least=1e-3)
     kind = keys.choice("rope.scaling.type", SCALINGS, default="linear")
     old = keys.number("rope.scale_linear", float, default=0.0, least=0)
-    factor = 1.0 if kind == "none" else keys.number("rope.scaling.factor", float, default=old, least=0) or 1.0
+    factor = keys.number("rope.scaling.factor", float, default=old, least=0) or 1.0
+    if windowed:  # their factor has no key, and "none" does not switch it off
+        base, factor = (DEFAULT_BASE, 1.0) if quirks.window_rope == "default" else (base, factor)
+        n_rot = keys.number("rope.dimension_count_swa", int, default=n_rot)
+        base = keys.number("rope.freq_base_swa", float, default=base, least=1e-3)
+    elif kind == "none":
+        factor = 1.0
     attn_factor = keys.number("rope.scaling.attn_factor", float, default=1.0, least=0)
     if kind == "yarn" and _log_multiplier(keys):  # DeepSeek scales q.k instead: YaRN's own correction is cancelled
         attn_factor /= 1 + 0.1 * math.log(max(factor, 1.0))
     context = keys.number("context_length", int)
+    original = keys.number("rope.scaling.original_context_length", int, default=context, least=0)
     return Rope(
         style=quirks.rope, n_rot=n_rot, freq_base=base, factor=factor, yarn=kind == "yarn", attn_factor=attn_factor,
-        original_context_length=keys.number("rope.scaling.original_context_length", int, default=context),
+        original_context_length=original or context * (kind == "yarn"),  # 0 in longrope: any context is longer
         beta_fast=32.0, beta_slow=1.0,  # llama.cpp reads the keys of these for grok alone
         text_pairs=_text_pairs(keys, quirks, n_rot),
     )  # fmt: skip
@@ -159,3 +172,11 @@ def _check(keys: Keys, layer: Layer, rope: Rope) -> None:
         )
     if rope.yarn and (rope.freq_base <= 1 or rope.factor < 1):
         raise ConfigError(f"{arch}.rope.scaling.factor: YaRN needs a factor of at least 1 and a base above 1")
+
+
+def _warn_of_parts(keys: Keys, layers: list[Layer]) -> None:
+    for rope, length in ((layer.rope, layer.key_length) for layer in layers):
+        if rope and rope.n_rot < length:
+            name = f"{keys.architecture}.rope.dimension_count"
+            warnings.warn(f"{name}: {rope.n_rot} of {length} are rotated; llama.cpp refuses this file", stacklevel=4)
+            return

@@ -126,11 +126,7 @@ class ListedBPE(SpaceMarkedBPE):
     """
 
     def __init__(self, metadata: Mapping[str, Any], vocabulary: Vocabulary, whole_newlines: bool):
-        merges = array(metadata, "merges", str)
-        wrong = next((i for i, text in enumerate(merges) if " " not in text[1:]), None)
-        if wrong is not None:
-            found = f"{KEY}merges[{wrong}] {merges[wrong]!r}, expected two tokens and a space between them"
-            raise TokenizerError(f"{found}; convert the model again")
+        merges = [text for text in array(metadata, "merges", str) if " " in text[1:]]  # the others are no pairs
         ranks = dict(zip(reversed(merges), range(len(merges) - 1, -1, -1), strict=True))  # of equal merges the first
         joins = {text[text.index(" ", 1) - 1] for text in merges if f" {SPACE}" in text[1:]}
         super().__init__(vocabulary.ids, ranks, " ", joins)

@@ -6,10 +6,12 @@ name, so that the model never knows.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import warnings
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from moe_ref.architectures import UNREAD_WIDTHS
 from moe_ref.config import ConfigError, ModelConfig, quirks_of
 from moe_ref.gguf import GGUFFile, TensorInfo
 from moe_ref.layers import Layer
@@ -138,6 +140,11 @@ def ffn_shapes(c: ModelConfig, layer: Layer, block: str, file: GGUFFile) -> Shap
     return shapes
 
 
+WIDTHS = (  # matrix, the axis that is the inner width, and the key that may say it too
+    ("up", -2, "feed_forward_length"),
+    ("down_exps", -1, "expert_feed_forward_length"),
+    ("up_shexp", -2, "expert_shared_feed_forward_length"),
+)
 BESIDE_NORMS = ("post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2")
 MIXER_SHAPES = {"gqa": gqa_shapes, "mla": mla_shapes, "delta": delta_shapes}
 
@@ -173,6 +180,18 @@ def inner_width(file: GGUFFile, stem: str, axis: int = -2) -> int:
     if info is None or len(info.shape) < 2:
         raise ConfigError(f"{stem}.weight: missing from {file.path}, or not a matrix")
     return info.shape[axis]
+
+
+def check_widths(c: ModelConfig, file: GGUFFile) -> None:
+    """Raise ConfigError where a key that llama.cpp reads says another inner width than the matrix."""
+    for part, axis, key in WIDTHS:
+        said = None if c.architecture in UNREAD_WIDTHS.get(key, ()) else file.get(f"{c.architecture}.{key}")
+        for layer in c.layers if said else ():
+            name = f"blk.{layer.index}.ffn_{part}.weight"
+            width = file.tensors[name].shape[axis] if name in file.tensors else None
+            one = said[layer.index] if isinstance(said, Sequence) and layer.index < len(said) else said
+            if one and width and one != width:
+                raise ConfigError(f"{c.architecture}.{key}: {one}, but by {name} the width is {width}")
 
 
 def expected_shapes(c: ModelConfig, file: GGUFFile) -> Shapes:
@@ -226,6 +245,7 @@ def check_tensors(c: ModelConfig, file: GGUFFile) -> dict[str, View]:
 
     Raises ConfigError or FormatError for the first that is missing, misshapen, of an unknown type, or of no use.
     """
+    check_widths(c, file)
     shapes = expected_shapes(c, file)
     found = views(shapes, file)
     for marked, shape in shapes.items():
@@ -256,19 +276,28 @@ def predicts_further(c: ModelConfig, name: str) -> bool:
     """Whether a tensor belongs to a layer behind the trunk, which predicts tokens after the next (nextn, MTP)."""
     number = name.removeprefix("blk.").partition(".")[0]
     behind = name.startswith("blk.") and number.isdecimal() and int(number) >= c.block_count
-    return behind and int(number) < c.block_count + c.nextn_predict_layers
+    return c.quirks.predicting and behind and int(number) < c.block_count + c.nextn_predict_layers
 
 
 def vocab_rows(file: GGUFFile) -> int:
-    """Rows of the embedding matrix, the one place where a file states its true vocabulary size.
+    """Rows of the embedding matrix: the vocabulary size.
 
-    Raises ConfigError for one part of a split file, which has it or not by chance, and for what is no known model.
+    Raises ConfigError for one part of a split file, which has it or not by chance, for what is no known model, and
+    where the file has another number of tokens. ``vocab_size`` counts them where there is no list.
     """
     if file.get("split.count", 1) not in (0, 1) and not file.is_whole:
         raise ConfigError("split.count: this is one part of a split GGUF; open its first part, or merge it "
                           "(llama-gguf-split --merge)")  # fmt: skip
-    quirks_of(file.metadata)
+    architecture, _ = quirks_of(file.metadata)
     info = file.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
         raise ConfigError(f"token_embd.weight: missing from {file.path}, or not a matrix")
-    return info.shape[0]
+    rows, size = info.shape[0], f"{architecture}.vocab_size"
+    key = "tokenizer.ggml.tokens" if "tokenizer.ggml.tokens" in file.metadata else size
+    value = file.get(key, rows)
+    count = len(value) if isinstance(value, Sequence) else value
+    if count != rows:
+        raise ConfigError(f"{key}: {count} tokens, but token_embd.weight has {rows} rows")
+    if file.get(size, rows) != rows:
+        warnings.warn(f"{size}: {file.get(size)!r} has no effect: the file has {rows} tokens", stacklevel=2)
+    return rows

@@ -18,7 +18,6 @@ from string import whitespace
 from typing import Any, Protocol
 
 from moe_ref.pretokenizers import (
-    FALCON_END_OF_TEXT,
     GEMMA4,
     NOT_BYTE_LEVEL,
     PRETOKENIZERS,
@@ -26,7 +25,7 @@ from moe_ref.pretokenizers import (
     PreTokenizer,
     SpaceMarked,
 )
-from moe_ref.spm import ListedBPE, ScoredBPE
+from moe_ref.spm import ListedBPE, ScoredBPE, merge
 from moe_ref.vocabulary import (
     BYTE,
     CONTROL,
@@ -35,7 +34,6 @@ from moe_ref.vocabulary import (
     SPECIAL,
     UNKNOWN,
     USER_DEFINED,
-    Defaults,
     TokenizerError,
     Vocabulary,
     array,
@@ -63,8 +61,8 @@ class Tokenizer:
         self.vocab_size = len(vocabulary.texts)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.eog_ids = vocabulary.eog_ids
-        special = [i for i, kind in enumerate(vocabulary.kinds) if kind in SPECIAL]
-        self._special = sorted(special, key=lambda i: -len(vocabulary.texts[i].encode()))  # longest first
+        special = {vocabulary.texts[i]: i for i, kind in enumerate(vocabulary.kinds) if kind in SPECIAL}
+        self._special = sorted(special.values(), key=lambda i: -len(vocabulary.texts[i].encode()))  # longest first
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of ``text``. Lone surrogates become U+FFFD, as invalid bytes do in llama.cpp.
@@ -74,12 +72,29 @@ class Tokenizer:
         regular expressions give up on: a run of more than ten million characters of one kind.
         """
         ids: list[int] = []
-        if add_special and self._vocabulary.add_bos and self.bos_id is not None:
-            ids.append(self.bos_id)
         for fragment in self._fragments(well_formed(text), parse_special):
             ids += [fragment] if isinstance(fragment, int) else self._engine.encode(fragment)
-        if add_special and self._vocabulary.add_eos and self.eos_id is not None:
-            ids.append(self.eos_id)
+        return self._completed(ids) if add_special else ids
+
+    def encode_chat(self, prompt: str) -> list[int]:
+        """Ids of a prompt that a chat template has written: with bos before it and eos behind it where the file asks
+        for them, and not once more where the template has put them there too."""
+        if self._vocabulary.add_bos and self.bos_id is not None:
+            prompt = prompt.removeprefix(self.decode([self.bos_id], continues=True))
+        if self._vocabulary.add_eos and self.eos_id is not None:
+            prompt = prompt.removesuffix(self.decode([self.eos_id], continues=True))
+        return self.encode(prompt)
+
+    def _completed(self, ids: list[int]) -> list[int]:
+        """``ids`` between bos and eos, where the file asks for them; a text that has its own is warned of."""
+        if self._vocabulary.add_bos and self.bos_id is not None:
+            if ids[:1] == [self.bos_id]:
+                _warn_twice("begins", "bos", self.decode([self.bos_id], continues=True))
+            ids = [self.bos_id, *ids]
+        if self._vocabulary.add_eos and self.eos_id is not None:
+            if ids[-1:] == [self.eos_id]:
+                _warn_twice("ends", "eos", self.decode([self.eos_id], continues=True))
+            ids = [*ids, self.eos_id]
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False, continues: bool = False) -> str:
@@ -157,6 +172,11 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     raise TokenizerError(f"{found}; supported: {', '.join(MODELS)}; convert a model that has one")
 
 
+def _warn_twice(where: str, role: str, token: str) -> None:
+    found = f"the text {where} with {token!r}, and {KEY}add_{role}_token adds another: the model sees two"
+    warnings.warn(f"{found}; leave it out of the text", stacklevel=4)
+
+
 def well_formed(text: str) -> str:
     """``text`` with surrogate pairs joined and lone surrogates replaced by U+FFFD, so that it has a UTF-8 form."""
     try:
@@ -199,13 +219,21 @@ NO_TOKEN = "\0no token\0"  # stands where a byte has no token; left out of the i
 
 
 class ByteLevelBPE:
-    """Text without special tokens -> ids, by the `tokenizers` library."""
+    """Text without special tokens -> ids, by the `tokenizers` library.
+
+    As in llama.cpp, merges and tokens need not agree: what merges make and is no token is spelled, a token for each of
+    its characters that is ASCII; the others are left out. The library wants a token for all that its merges name, so
+    those missing get ids beyond the vocabulary.
+    """
 
     def __init__(self, vocabulary: Vocabulary, merges: list[tuple[str, str]], row: PreTokenizer):
         library = _tokenizers_library()
-        self._size = len(vocabulary.texts)
-        self._complete = all(character in vocabulary.ids for character in BYTE_OF)
-        ids = vocabulary.ids | {NO_TOKEN: self._size}
+        self._ids, self._size = vocabulary.ids, len(vocabulary.texts)
+        named = dict.fromkeys(text for left, right in merges for text in (left, right, left + right))
+        self._missing = [NO_TOKEN, *(text for text in named if text not in self._ids)]
+        self._ranks = {f"{left} {right}": i for i, (left, right) in enumerate(merges)} if self._missing[1:] else {}
+        self._complete = not self._ranks and all(character in self._ids for character in BYTE_OF)
+        ids = self._ids | {text: self._size + i for i, text in enumerate(self._missing)}
         model = library.models.BPE(ids, merges, unk_token=NO_TOKEN, ignore_merges=row.ignore_merges)
         self._library = library.Tokenizer(model)
         self._library.pre_tokenizer = _pre_tokenizer(library, row)
@@ -218,7 +246,20 @@ class ByteLevelBPE:
                 raise
             found = f"a text of {len(text)} characters is too much for one call ({error})"
             raise TokenizerError(f"{found}; a run of one kind of character may have ten million; cut it") from error
-        return ids if self._complete else [i for i in ids if i < self._size]
+        return (
+            ids if self._complete else [known for i in ids for known in ([i] if i < self._size else self._spelled(i))]
+        )
+
+    def _spelled(self, id: int) -> list[int]:
+        """The tokens of a text that is no token: of its symbols once merged, or of the characters of each."""
+        text = self._missing[id - self._size]
+        if text == NO_TOKEN:
+            return []
+        symbols = merge(list(text), self._ranks, " ")  # the library takes a whole piece without merging (ignore_merges)
+        parts = [
+            part for symbol in symbols for part in ([symbol] if symbol in self._ids else filter(str.isascii, symbol))
+        ]
+        return [self._ids[part] for part in parts if part in self._ids]
 
     def bytes_of(self, text: str) -> bytes:
         return b"".join(bytes([BYTE_OF[c]]) if c in BYTE_OF else c.encode() for c in text)
@@ -227,10 +268,9 @@ class ByteLevelBPE:
 def _load_gpt2(metadata: Mapping[str, Any]) -> Tokenizer:
     name = metadata.get(KEY + "pre")
     if isinstance(name, str) and name in SPACE_MARKED:
-        return _load_listed(metadata, SPACE_MARKED[name], FALCON_END_OF_TEXT)
-    row = _pre_tokenizer_row(name)
-    vocabulary = read_vocabulary(metadata, Defaults(row.bos_id, FALCON_END_OF_TEXT, row.add_bos, control_only=True))
-    return Tokenizer(vocabulary, ByteLevelBPE(vocabulary, _read_merges(metadata, vocabulary), row))
+        return _load_listed(metadata, SPACE_MARKED[name])
+    row, vocabulary = _pre_tokenizer_row(name), read_vocabulary(metadata)
+    return Tokenizer(vocabulary, ByteLevelBPE(vocabulary, _read_merges(metadata), row))
 
 
 def _pre_tokenizer_row(name: Any) -> PreTokenizer:
@@ -244,16 +284,11 @@ def _pre_tokenizer_row(name: Any) -> PreTokenizer:
     raise TokenizerError(f"{KEY}pre {name!r} {why}; supported: {known}; correct it with gguf_new_metadata")
 
 
-def _read_merges(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Pairs in the order of their rank; of equal pairs the first counts."""
-    merges: dict[tuple[str, str], None] = {}
-    for i, merge in enumerate(array(metadata, "merges", str, "convert the model again with its merges.txt")):
-        left, _, right = merge.partition(" ")
-        unknown = [text for text in (left, right, left + right) if text not in vocabulary.ids]
-        if unknown:
-            raise TokenizerError(f"{KEY}merges[{i}] {merge!r}: {unknown[0]!r} is not a token; convert the model again")
-        merges[left, right] = None
-    return list(merges)
+def _read_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs in the order of their rank; of equal pairs the first counts. What is no pair never applies."""
+    texts = array(metadata, "merges", str, "convert the model again with its merges.txt")
+    pairs = ((text[:i], text[i + 1 :]) for text in texts if (i := text.find(" ", 1)) > 0)
+    return list(dict.fromkeys((left, right) for left, right in pairs if right))
 
 
 def _pre_tokenizer(library: Any, row: PreTokenizer) -> Any:
@@ -274,17 +309,12 @@ def _tokenizers_library() -> Any:
 
 
 def _load_scored(metadata: Mapping[str, Any]) -> Tokenizer:
-    vocabulary = read_vocabulary(metadata, Defaults(bos_id=1, eos_id=2, add_bos=True, space_prefix=True))
+    vocabulary = read_vocabulary(metadata)
     return Tokenizer(vocabulary, ScoredBPE(metadata, vocabulary))
 
 
-def _load_listed(metadata: Mapping[str, Any], row: SpaceMarked = GEMMA4, end: int | None = None) -> Tokenizer:
-    """``end``: bos and eos of a file that names none."""
-    if row.always_bos:
-        if metadata.get(KEY + "add_bos_token") is False:
-            warnings.warn(f"{KEY}add_bos_token is false and passed over: Gemma 4 needs its bos", stacklevel=2)
-        metadata = {**metadata, KEY + "add_bos_token": True}
-    vocabulary = read_vocabulary(metadata, Defaults(end, end, control_only=True))
+def _load_listed(metadata: Mapping[str, Any], row: SpaceMarked = GEMMA4) -> Tokenizer:
+    vocabulary = read_vocabulary(metadata)
     return Tokenizer(vocabulary, ListedBPE(metadata, vocabulary, row.whole_newlines))
 
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_ref.pretokenizers import FALCON_END_OF_TEXT, GEMMA4, PRETOKENIZERS, SPACE_MARKED
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 SPECIAL = (UNKNOWN, CONTROL, USER_DEFINED)
 
@@ -45,14 +47,17 @@ class TokenizerError(ValueError):
 
 @dataclass(slots=True)
 class Vocabulary:
-    """Tokens by id. ``kinds`` are token types after llama.cpp's corrections, ``strips`` the side where a token eats
-    the whitespace beside it ("left" or "right")."""
+    """Tokens by id. Two ids may have the same text, as in published files of Gemma 4: both decode to it, and ``ids``
+    has the last, to which llama.cpp's table of texts leads too. ``kinds`` are token types after llama.cpp's
+    corrections, ``strips`` the side where a token eats the whitespace beside it ("left" or "right")."""
 
     texts: list[str]
     kinds: list[int]
     ids: dict[str, int]
     bos_id: int | None = None
     eos_id: int | None = None
+    unk_id: int | None = None
+    pad_id: int | None = None
     eog_ids: frozenset[int] = frozenset()
     add_bos: bool = False
     add_eos: bool = False
@@ -68,18 +73,39 @@ class Defaults:
     eos_id: int | None = None
     add_bos: bool = False
     space_prefix: bool = False
-    control_only: bool = False  # bos and eos only if those tokens are of the type control
+    control_only: bool = True  # bos and eos only if those tokens are of the type control
+    always_bos: bool = False  # bos is added even against `add_bos_token`
 
 
-def read_vocabulary(metadata: Mapping[str, Any], defaults: Defaults) -> Vocabulary:
+def defaults_of(metadata: Mapping[str, Any]) -> Defaults:
+    """The defaults of the file's kind of tokenizer; none of a kind that is not known here."""
+    model, pre = metadata.get(KEY + "model"), str(metadata.get(KEY + "pre") or "default")
+    if model == "llama":
+        return Defaults(bos_id=1, eos_id=2, add_bos=True, space_prefix=True, control_only=False)
+    if model == "gemma4":
+        return Defaults(always_bos=GEMMA4.always_bos)
+    if model == "gpt2" and pre in SPACE_MARKED:
+        return Defaults(FALCON_END_OF_TEXT, FALCON_END_OF_TEXT, always_bos=SPACE_MARKED[pre].always_bos)
+    if model == "gpt2" and pre in PRETOKENIZERS:
+        return Defaults(PRETOKENIZERS[pre].bos_id, FALCON_END_OF_TEXT, PRETOKENIZERS[pre].add_bos)
+    return Defaults()
+
+
+def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary of ``metadata``. Raises TokenizerError naming the key."""
-    vocabulary = _read_tokens(metadata)
+    defaults, vocabulary = defaults_of(metadata), _read_tokens(metadata)
     bos_id, eos_id = (_default_id(i, vocabulary, defaults.control_only) for i in (defaults.bos_id, defaults.eos_id))
     vocabulary.bos_id = _special_id(metadata, "bos", vocabulary, bos_id)
     vocabulary.eos_id = _special_id(metadata, "eos", vocabulary, eos_id)
+    vocabulary.unk_id = _special_id(metadata, "unknown", vocabulary, None)
+    vocabulary.pad_id = _special_id(metadata, "padding", vocabulary, None)
     vocabulary.add_bos = _flag(metadata, "add_bos_token", defaults.add_bos)
     vocabulary.add_eos = _flag(metadata, "add_eos_token", False)
     vocabulary.space_prefix = _flag(metadata, "add_space_prefix", defaults.space_prefix)
+    if defaults.always_bos and not vocabulary.add_bos:
+        if KEY + "add_bos_token" in metadata:
+            warnings.warn(f"{KEY}add_bos_token is false and passed over: Gemma 4 needs its bos", stacklevel=1)
+        vocabulary.add_bos = True
     if vocabulary.add_bos:
         _check_is_there(metadata, "bos", vocabulary.bos_id)
     if vocabulary.add_eos:
@@ -108,11 +134,7 @@ def _read_tokens(metadata: Mapping[str, Any]) -> Vocabulary:
     texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(read)]
     if not texts:
         raise TokenizerError(f"{KEY}tokens is empty; a tokenizer needs at least one token; convert the model again")
-    ids = {text: i for i, text in enumerate(texts)}
-    if len(ids) < len(texts):
-        twice = next(i for i, text in enumerate(texts) if ids[text] != i)
-        found = f"tokens {twice} and {ids[texts[twice]]} are both {texts[twice]!r}"
-        raise TokenizerError(f"{KEY}tokens: {found}, each text must be there once; convert the model again")
+    ids = {text: i for i, text in enumerate(texts)}  # of equal texts the last
     kinds = array(metadata, "token_type", int) if KEY + "token_type" in metadata else [NORMAL] * len(texts)
     if len(kinds) < len(texts):
         raise TokenizerError(f"{KEY}token_type: {len(kinds)} types for {len(texts)} tokens; convert the model again")

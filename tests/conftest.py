@@ -1,4 +1,4 @@
-"""Where tests find the shared reference data, and how they skip where it is absent."""
+"""Where tests find the shared reference data, how they skip where it is absent; slow tests in shares."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.slow_shares import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 
 TESTS = Path(__file__).resolve().parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -193,6 +193,8 @@ def test_the_environment_is_read_as_by_programs_of_llama_cpp(capsys, monkeypatch
 def test_switches_have_values_in_bench_as_in_llama_bench(capsys):
     words = "bench m -fa 0,1 -mmp 0 -nkvo 0 -nopo 1 --no-host 0 --repack 1 -embd 0 -mg 0 -sm none --delay 0".split()
     got = parsed([*words, "--poll", "50", "-C", "0x0", "-b", "2048", "-ub", "512", "-r", "1"], capsys)
+    two = parsed(["bench", "m", "-ot", "up_exps=CPU;down_exps=CUDA0", "-fit", "0"], capsys)
+    assert [rule.device for rule in two["overrides"]] == ["CPU", "CUDA0"] and two["fit"] == "off"
     assert got["model"] == "m" and (got["ubatch_size"], got["batch_size"], got["repetitions"]) == (512, 2048, 1)
 
 

@@ -367,7 +367,7 @@ def import_all(package: str, blocked: str, skipped: tuple[str, ...] = ()) -> int
     """Import ``package`` and all below it in a fresh process; top-level names matching ``blocked`` do not exist."""
     argv = [sys.executable, "-c", IMPORT_ALL_BUT, package, blocked, " ".join(skipped)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise AssertionError(f"importing {package} without {blocked}:\n{done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])

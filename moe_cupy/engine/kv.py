@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.device.base import Device
+from moe_cupy.kernels.kept import CACHES
 from moe_ref.config import ModelConfig
 from moe_ref.kv_types import kept_as
 from moe_ref.layers import Layer
 
-KV_TYPES: dict[str, type] = {"f32": np.float32, "f16": np.float16, "q8_0": np.uint8}
-BLOCK, BLOCK_BYTES = 32, 34  # of q8_0: numbers and bytes
 Shape = tuple[int, ...]
 
 
@@ -59,7 +58,7 @@ class DeviceKV:
     def layer(self, index: int) -> tuple[Any, Any]:
         """Keys [capacity, G, K] and values [capacity, G, V] of a layer; latent attention has one array for both.
 
-        Of q8_0, blocks: uint8 [capacity, G, K / 32 * 34].
+        The last axis holds items as ``kernels/kept.py`` has them, of quantized types the bytes of whole blocks.
         """
         kept = self._layers[index]
         return kept[0], kept[-1]
@@ -117,8 +116,8 @@ def _state_shapes(c: ModelConfig) -> tuple[Shape, ...]:
 def _check_types(device: Device, c: ModelConfig, type_k: str, type_v: str) -> None:
     """Refuse in one line what no kernel serves."""
     for flag, kind in (("-ctk", type_k), ("-ctv", type_v)):
-        if kind not in KV_TYPES:
-            raise ValueError(f"{flag}: KV cache type {kind!r} is not supported; supported: {', '.join(KV_TYPES)}")
+        if kind not in CACHES:
+            raise ValueError(f"{flag}: KV cache type {kind!r} is not supported; supported: {', '.join(CACHES)}")
     given = f"-ctk {type_k} -ctv {type_v}"
     if c.mla is not None and type_k != type_v:
         raise ValueError(f"{given}: this model caches one vector as both; give both the same type")
@@ -126,22 +125,24 @@ def _check_types(device: Device, c: ModelConfig, type_k: str, type_v: str) -> No
         raise ValueError(f"{given}: kernels of the {device.name} device take keys and values of one type")
     for layer in c.layers:
         for flag, kind, shape in zip(("-ctk", "-ctv"), (type_k, type_v), _kept_shapes(c, layer, 1), strict=False):
-            if kind == "q8_0" and shape[-1] % BLOCK:
+            block = CACHES[kind][2]
+            if shape[-1] % block:
                 raise ValueError(
-                    f"{flag} q8_0: its blocks of {BLOCK} do not divide the {shape[-1]} numbers that layer "
+                    f"{flag} {kind}: its blocks of {block} do not divide the {shape[-1]} numbers that layer "
                     f"{layer.index} caches of a head; use f16 or f32"
                 )
 
 
 def _stored(shape: Shape, kind: str) -> Shape:
-    """As it is in memory: of q8_0, the bytes of the last axis' blocks."""
-    return (*shape[:-1], shape[-1] // BLOCK * BLOCK_BYTES) if kind == "q8_0" else shape
+    """As it is in memory: items, of quantized types the bytes of the last axis' blocks."""
+    _, _, numbers, items = CACHES[kind]
+    return (*shape[:-1], shape[-1] // numbers * items)
 
 
 def _bytes(shape: Shape, kind: str) -> int:
-    return math.prod(_stored(shape, kind)) * np.dtype(KV_TYPES[kind]).itemsize
+    return math.prod(_stored(shape, kind)) * np.dtype(CACHES[kind][0]).itemsize
 
 
 def _array(device: Device, shape: Shape, kind: str) -> Any:
     memory = device.upload(np.zeros(_bytes(shape, kind), np.uint8))  # its pages are taken now, not as the text grows
-    return memory.view(KV_TYPES[kind]).reshape(_stored(shape, kind))
+    return memory.view(CACHES[kind][0]).reshape(_stored(shape, kind))

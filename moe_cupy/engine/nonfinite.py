@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_cupy.engine.forward import Forward
 from moe_cupy.engine.weights import EXPERTS, DenseWeights
-from moe_cupy.kernels.reference import kept
+from moe_cupy.kernels.kept import numbers_of
 from moe_cupy.kernels.table import OPS
 from moe_ref.finite import FILE_IS_DAMAGED, OVERFLOW, NonFiniteError, check_finite
 from moe_ref.quants import dequantize
@@ -72,7 +72,7 @@ class Probe:
         b = buffers
         for name in OPS[op].writes:
             if op == "kv_store":
-                yield kept(self._fetch(name, b[name][b["position"] : b["position"] + len(b["new"])]))
+                yield numbers_of(self._fetch(name, b[name][b["position"] : b["position"] + len(b["new"])]))
                 continue
             host = self._fetch(name, b[name])
             if op == "experts":

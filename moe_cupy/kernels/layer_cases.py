@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.kernels.case import Case
+from moe_cupy.kernels.kept import CACHES, numbers_of, stored
 from moe_cupy.kernels.samples import U, normal, unset
 from moe_ref.experts import ACTIVATIONS
-from moe_ref.quants import dequantize, quantize
 from moe_ref.rope import rope_tables
 
 
@@ -69,18 +69,17 @@ def rope_cases(rng: np.random.Generator) -> Iterator[Case]:
 def attention_case(rng: np.random.Generator, shape: tuple[int, ...], n_past: int, **options: Any) -> Case:
     """Grouped-query attention; shape is (T, H, G, K, V). "temperature", "sinks" and "shared" are drawn if named.
 
-    With "blocks" keys and values are Q8_0 blocks.
+    "kept": the type of keys and values, by its name on the command line.
     """
     t, h, g, k_width, v_width = shape
     q, k, v = normal(rng, t, h, k_width), normal(rng, 99, g, k_width), normal(rng, 99, g, v_width)
     seen, scale, heat = n_past + t, k_width**-0.5, 1.0
     if options.pop("shared", False):  # latent attention: values are the first features of what serves as keys
         v = k
-    kept = [k, v]
-    if options.pop("blocks", False):
-        stored = [quantize(a, "Q8_0") for a in (k, v)]
-        kept = [stored[0], stored[0] if v is k else stored[1]]
-        k, v = (dequantize(b, "Q8_0", a.shape) for b, a in zip(stored, (k, v), strict=True))
+    like = np.empty(0, CACHES[options.pop("kept", "f32")][0])
+    kept = [stored(k, like)]
+    kept.append(kept[0] if v is k else stored(v, like))
+    k, v = map(numbers_of, kept)
     if options.pop("temperature", False):
         options["temperature"] = 1 + np.abs(normal(rng, t))
         heat = float(options["temperature"].max())
@@ -108,11 +107,12 @@ def attention_cases(rng: np.random.Generator) -> Iterator[Case]:
     yield attention_case(rng, (7, 4, 2, 16, 16), 22, window=8, chunked=True)
     yield attention_case(rng, (5, 4, 2, 16, 16), 9, sinks=True)
     yield attention_case(rng, (5, 4, 2, 16, 16), 9, temperature=True, sinks=True, window=6)
-    yield attention_case(rng, (3, 10, 2, 64, 96), 20, window=9, blocks=True)
-    yield attention_case(rng, (9, 4, 1, 96, 64), 0, shared=True, blocks=True)
-    for dtype, width in ((np.float32, 8), (np.float16, 8), (np.uint8, 96 // 32 * 34)):
-        store = {"cache": np.zeros((9, 2, width), dtype), "new": normal(rng, 4, 2, min(width, 96)), "position": 3}
-        yield Case("kv_store", np.dtype(dtype).name, store, ("cache",), lambda: {"cache": 0.0})
+    for kind in ("q8_0", "q4_0", "bf16"):
+        yield attention_case(rng, (3, 10, 2, 64, 96), 20, window=9, kept=kind)
+    yield attention_case(rng, (9, 4, 1, 96, 64), 0, shared=True, kept="q8_0")
+    for kind, (dtype, _, numbers, items) in CACHES.items():
+        store = {"cache": np.zeros((9, 2, 96 // numbers * items), dtype), "new": normal(rng, 4, 2, 96), "position": 3}
+        yield Case("kv_store", kind, store, ("cache",), lambda: {"cache": 0.0})
     for count in (64, 256):
         x = normal(rng, 3, 512)
         error = (np.log2(count) + 2) * U * count**-0.5 * np.abs(x).reshape(-1, count).sum(-1).max()

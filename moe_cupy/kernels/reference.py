@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from moe_cupy.kernels.kept import numbers_of, stored
 from moe_cupy.kernels.matrix import Matrix
 from moe_ref import deltanet
 from moe_ref.attention import attend, clamped, sigmoid, visible
 from moe_ref.experts import ACTIVATIONS, silu
 from moe_ref.kv_types import rotated
 from moe_ref.norm import l2_norm, layer_norm, rms_norm
-from moe_ref.quants import dequantize, quantize
+from moe_ref.quants import dequantize
 from moe_ref.rope import apply_rope
 from moe_ref.routing import route as ref_route
 
@@ -94,14 +95,7 @@ def hadamard(x: np.ndarray, count: int) -> None:
 
 
 def kv_store(cache: np.ndarray, new: np.ndarray, position: int) -> None:
-    cache[position : position + len(new)] = quantize(new, "Q8_0") if cache.dtype == np.uint8 else new
-
-
-def kept(cache: np.ndarray) -> np.ndarray:
-    """The numbers of cache rows [S, G, .], which are float32, float16 or (uint8) Q8_0 blocks."""
-    if cache.dtype != np.uint8:
-        return wide(cache)
-    return wide(dequantize(cache, "Q8_0", (*cache.shape[:2], cache.shape[2] // 34 * 32)))
+    cache[position : position + len(new)] = stored(new, cache)
 
 
 def attention(
@@ -112,7 +106,9 @@ def attention(
     q = wide(q) if temperature is None else wide(q) * wide(temperature)[:, None, None]
     masked = visible(np.arange(n_past, seen), np.arange(seen), window, chunked)
     sinks = None if sinks is None else wide(sinks)
-    out[...] = attend(q, kept(k[:seen]), kept(v[:seen])[..., : out.shape[-1]], scale, masked, sinks)
+    out[...] = attend(
+        q, wide(numbers_of(k[:seen])), wide(numbers_of(v[:seen]))[..., : out.shape[-1]], scale, masked, sinks
+    )
 
 
 def convolve(x: np.ndarray, before: np.ndarray, kernel: np.ndarray, after: np.ndarray, out: np.ndarray) -> None:

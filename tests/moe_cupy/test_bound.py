@@ -145,7 +145,7 @@ def test_helpers_sleep_after_launches_that_were_made_ready(device):
     run, state = device.bind([("linear", {"x": x, "w": w, "out": out})], stream), device.split.crew.state
     for _ in range(2):
         run(0)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 300
         while not state[jobs.ASLEEP] and time.monotonic() < deadline:
             time.sleep(0.01)
         asleep, state[jobs.MORE] = state[jobs.ASLEEP], 0  # where it stays 1, the device could not be closed

@@ -7,7 +7,9 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_cupy
 import numpy as np
 import pytest
 from conftest import TESTS
@@ -116,16 +118,23 @@ def test_too_little_gpu_memory_names_what_to_lower(model):
         Engine(model, _device=CudaDevice(Cupy(free=60_000)), cache="100%")
 
 
-def test_time_that_a_stream_waits_is_measured_on_the_device():
-    device = CudaDevice(Cupy())
-    first, second, gate = device.stream("a"), device.stream("b"), threading.Event()
-    first.raw.thread.run(lambda: gate.wait(5))
+def test_time_that_a_stream_waits_is_measured_on_the_device(monkeypatch):
+    device, gate, stamped = CudaDevice(Cupy()), threading.Event(), threading.Event()
+
+    def clock() -> float:
+        stamped.set()
+        return 10.0 if gate.is_set() else 3.0
+
+    monkeypatch.setattr(fake_cupy, "time", SimpleNamespace(perf_counter=clock))
+    first, second = device.stream("a"), device.stream("b")
+    first.raw.thread.run(lambda: gate.wait(600))
     event = first.record()
     second.wait(event, "because")
     assert not event.done() and device.stalls() == {}
-    threading.Timer(0.05, gate.set).start()
+    assert stamped.wait(600), "nobody has noted when the wait begins"
+    gate.set()
     device.synchronize()
-    assert 0.03 < device.stalls()["because"] < 5
+    assert device.stalls() == {"because": 7.0}
     second.wait(event, "over")
     assert "over" not in device.stalls()
     device.close()

@@ -17,12 +17,23 @@ from moe_cupy.kernels.cuda.emulation.build import FAST, BuildError, Flavour, bui
 from moe_cupy.kernels.cuda.emulation.library import LaunchError, Library, emulated
 from moe_cupy.kernels.cuda.emulation.sketch import Sketch
 from moe_cupy.kernels.cuda.launches import Launch, Pointers
+from moe_cupy.kernels.kept import CACHES
 from moe_cupy.kernels.reference import expand
 from moe_cupy.kernels.samples import normal, random_matrix, unset
 from moe_ref.quants import FORMATS as DECODERS
 from moe_ref.quants import dequantize
 
-EXACT = {"argmax", "clamp", "group_by_expert", "hadamard", "kv_store", "kv_store_q8_0", "quantize_q8", "top_k"}
+EXACT = {
+    "argmax",
+    "clamp",
+    "group_by_expert",
+    "hadamard",
+    "kv_store",
+    "kv_store_q4_0",
+    "kv_store_q8_0",
+    "quantize_q8",
+    "top_k",
+}
 CHAINS = ("delta_recur", "gemv_naive")  # one long sum a thread: its bound is far above what random errors add up to
 
 
@@ -110,17 +121,19 @@ def test_rounding_activations_costs_what_it_should(library):
     assert np.abs(rounded - exact).max() > 0.01 * bound.max()
 
 
-def test_a_q8_0_cache_holds_what_gguf_makes_of_the_rows(library):
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_a_cache_of_blocks_holds_what_gguf_makes_of_the_rows(library, kind):
     gguf = pytest.importorskip("gguf")
     x, rows = normal(np.random.default_rng(8), 3, 160), np.array([4, 0, 2], np.int32)
     x[1, 32:64] = 0
     x[2, :3] = 127, 2.5, -0.5  # halves go away from zero
     x[2, 3:32] = 0
-    cache = np.full((5, 6 * 34), 0xCD, np.uint8)
-    library.launch(launches.kv_store(cache, x, rows, column=32, width=128, block=64))
-    want = gguf.quants.quantize(x[:, :128], gguf.GGMLQuantizationType.Q8_0)
-    assert np.array_equal(cache[rows, 34 : 5 * 34], want)
-    assert np.all(cache[[1, 3]] == 0xCD) and np.all(cache[:, :34] == 0xCD) and np.all(cache[:, 5 * 34 :] == 0xCD)
+    items, name, _, size = CACHES[kind]
+    cache = np.full((5, 6 * size), 0xCD, np.uint8)
+    library.launch(launches.kv_store(cache.view(items), x, rows, column=32, width=128, block=64))
+    want = gguf.quants.quantize(x[:, :128], gguf.GGMLQuantizationType[name])
+    assert np.array_equal(cache[rows, size : 5 * size], want)
+    assert np.all(cache[[1, 3]] == 0xCD) and np.all(cache[:, :size] == 0xCD) and np.all(cache[:, 5 * size :] == 0xCD)
 
 
 def test_the_formats_are_those_that_moe_ref_decodes():

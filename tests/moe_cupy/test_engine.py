@@ -19,6 +19,7 @@ from moe_ref.model import Model
 from moe_ref.sampling import Sampler
 from tests.conftest import SHARED
 from tests.models import Shape, tiny_moe
+from tests.slow_shares import mostly_slow
 
 GOLDEN = SHARED / "data" / "golden"
 TRAINED = Path(__file__).resolve().parents[2] / "data" / "moe-40m-Q4_K_M.gguf"
@@ -53,24 +54,34 @@ def run(model, prompts, n_tokens, **options):
         return made, engine.logits(ids[-1]), engine.stats
 
 
-def test_trained_model_writes_the_same_128_tokens_at_every_cache_size_policy_and_prefetcher():
-    want, want_logits, full = run(TRAINED, PROMPTS, 128, cache="100%")
-    assert full.evictions == 0
-    assert [len(tokens) for tokens in want] == [128] * 3
-    sizes = ("100%", "50%", "25%", "slots:8")
-    runs = [*itertools.product(sizes, ["lru"], ("none", "next-gate")), *((size, "echo", "none") for size in sizes[1:])]
-    for cache, policy, prefetch in runs:
-        got, logits, stats = run(TRAINED, PROMPTS, 128, cache=cache, policy=policy, prefetch=prefetch)
-        assert got == want, f"{cache} {policy} {prefetch}"
-        assert np.array_equal(logits, want_logits), f"{cache} {policy} {prefetch}"
-        evicts = stats.evictions > 0
-        assert evicts or cache == "100%", f"{cache} {policy} {prefetch}: nothing was evicted, so nothing was tested"
+@pytest.fixture(scope="module")
+def all_resident():
+    """What the trained model writes with every expert in memory: 128 tokens for each prompt, and the last's logits."""
+    tokens, logits, stats = run(TRAINED, PROMPTS, 128, cache="100%")
+    assert stats.evictions == 0
+    assert [len(each) for each in tokens] == [128] * 3
+    return tokens, logits
 
 
-@pytest.mark.slow
+SIZES = ("100%", "50%", "25%", "slots:8")
+RUNS = [*itertools.product(SIZES, ["lru"], ("none", "next-gate")), *((size, "echo", "none") for size in SIZES[1:])]
+
+
+@pytest.mark.parametrize(
+    "how", mostly_slow(RUNS, ("25%", "lru", "next-gate"), ("slots:8", "echo", "none")), ids=" ".join
+)
+def test_trained_model_writes_the_same_128_tokens_at_every_cache_size_policy_and_prefetcher(all_resident, how):
+    cache, policy, prefetch = how
+    got, logits, stats = run(TRAINED, PROMPTS, 128, cache=cache, policy=policy, prefetch=prefetch)
+    want, want_logits = all_resident
+    assert got == want and np.array_equal(logits, want_logits)
+    assert stats.evictions > 0 or cache == "100%", "nothing was evicted, so nothing was tested"
+
+
+@pytest.mark.slow(seconds=40)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_writes_the_same_128_tokens_at_every_cache_size(policy):
-    want, want_logits, _ = run(TRAINED, PROMPTS, 128, cache="100%")
+def test_every_policy_writes_the_same_128_tokens_at_every_cache_size(all_resident, policy):
+    want, want_logits = all_resident
     for cache, prefetch in itertools.product(("50%", "25%", "slots:8"), ("none", "next-gate")):
         got, logits, _ = run(TRAINED, PROMPTS, 128, cache=cache, policy=policy, prefetch=prefetch)
         assert got == want and np.array_equal(logits, want_logits), f"{cache} {policy} {prefetch}"

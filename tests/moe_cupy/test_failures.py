@@ -98,14 +98,16 @@ def test_an_interrupt_leaves_the_engine_usable_and_no_thread_behind(model, token
     with Engine(model, cache="slots:4") as engine:
         want = engine.logits(tokens)
 
+        reached = []
+
         def interrupt(layer, ids):
+            reached.append(layer)
             raise KeyboardInterrupt
 
         engine.forward.observe = interrupt
-        start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             engine.logits(tokens)
-        assert time.monotonic() - start < 1
+        assert len(reached) == 1, "nothing is computed after it"
         engine.forward.observe = None
         assert np.array_equal(engine.logits(tokens), want)
     assert set(threading.enumerate()) == before

@@ -16,8 +16,8 @@ from moe_cupy.device import host
 from moe_cupy.device.host import HostDevice, RowSplitter
 from moe_cupy.device.threads import ThreadEvent
 
-LONG = 20.0  # seconds that nothing here takes unless it hangs
-TICK = 0.02
+LONG = 300.0  # seconds that nothing here takes unless it hangs
+TICK = 0.02  # where a mistake would show itself meanwhile; nothing that is right depends on it
 
 
 Boom = type("Boom", (Exception,), {})
@@ -30,11 +30,11 @@ def boom(error: type[BaseException] = Boom) -> None:
 @pytest.fixture(autouse=True)
 def no_hang_and_no_thread_left() -> Iterator[None]:
     before = set(threading.enumerate())
-    faulthandler.dump_traceback_later(60, exit=True)  # should a bound below fail to hold
+    faulthandler.dump_traceback_later(3 * LONG, exit=True)  # should a bound below fail to hold
     yield
     faulthandler.cancel_dump_traceback_later()
     for thread in set(threading.enumerate()) - before:
-        thread.join(1)
+        thread.join(LONG)
     assert set(threading.enumerate()) <= before, "threads are left"
 
 
@@ -75,6 +75,23 @@ def device() -> Iterator[HostDevice]:
         within(LONG, host.close)
 
 
+class Watched:
+    """An event of a device that says when somebody has begun to wait for it."""
+
+    def __init__(self, event: Any) -> None:
+        self.event, self.begun = event, threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.event, name)
+
+    def block(self) -> None:
+        self.begun.set()
+        self.event.block()
+
+    def awaited(self) -> None:
+        assert self.begun.wait(LONG), "nobody waits"
+
+
 class Gate:  # work that waits to be let through
     def __init__(self) -> None:
         self.entered, self.opened = threading.Event(), threading.Event()
@@ -102,12 +119,13 @@ def test_events_order_streams_and_the_time_lost_is_booked_under_the_reason(devic
     a.run(gate)
     a.run(lambda: seen.append("a"))
     b.run(lambda: seen.append("b, before"))
-    after = a.record()
+    after = Watched(a.record())
     b.wait(after, "expert")
     b.run(lambda: seen.append("b, behind"))
     within(LONG, before.synchronize)
     gate.inside()
-    time.sleep(5 * TICK)
+    after.awaited()
+    time.sleep(TICK)
     assert before.done() and not after.done()
     assert seen == ["b, before"], "the work before the wait runs, what is behind it does not"
     gate.opened.set()
@@ -115,11 +133,13 @@ def test_events_order_streams_and_the_time_lost_is_booked_under_the_reason(devic
     assert seen == ["b, before", "a", "b, behind"]
     b.wait(after, "nothing, it is there")
     a.run(second)
-    b.wait(a.record(), "kv")
-    threading.Timer(2 * TICK, second.opened.set).start()
+    last = Watched(a.record())
+    b.wait(last, "kv")
+    last.awaited()
+    second.opened.set()
     within(LONG, b.record().synchronize)
     assert set(b.stalls) == {"expert", "kv"} and not a.stalls
-    assert TICK < b.stalls["expert"] < LONG and 0 < b.stalls["kv"] < LONG
+    assert b.stalls["expert"] > TICK and b.stalls["kv"] > 0
     device.stream("c").stalls["kv"] = 100.0
     assert device.stalls() == {"expert": b.stalls["expert"], "kv": b.stalls["kv"] + 100.0}
 
@@ -392,16 +412,17 @@ def test_recover_does_not_wait_for_the_rest_of_a_long_kernel(threads, monkeypatc
     monkeypatch.setattr(host, "SPLIT_WORK", 1)
     monkeypatch.setattr(host, "CALL_WORK", 1)
     device, begun, calls = HostDevice(threads), threading.Event(), []
+    rows = 10 * threads * int(LONG / TICK)  # all of them take ten times as long as is waited for
 
     def kernel(first: int, last: int) -> None:
         calls.append(first)
         begun.set()
         time.sleep(TICK)
 
-    device.stream("s").run(lambda: device.split(kernel, 10_000, 1))
-    begun.wait(LONG)
-    within(1.0, device.recover)
-    assert len(calls) < 100 * threads
+    device.stream("s").run(lambda: device.split(kernel, rows, 1))
+    assert begun.wait(LONG)
+    within(LONG, device.recover)
+    assert len(calls) < rows
     device.split(lambda first, last: calls.append(-1), 1, 1)
     assert calls[-1] == -1, "what is launched after recovery runs"
     device.close()

@@ -20,7 +20,7 @@ def metadata(template: Any, **keys: Any) -> dict[str, Any]:
     return {"tokenizer.chat_template": template, **tokens, "tokenizer.ggml.eos_token_id": 2, **keys}
 
 
-def render(template: str, messages: Any = HELLO, *args: Any, **kw: Any) -> str:
+def render(template: str, messages: Any = (), *args: Any, **kw: Any) -> str:
     return render_chat(metadata(template), messages, *args, **kw)
 
 
@@ -56,8 +56,8 @@ def test_special_tokens_come_from_the_file_and_may_be_overridden() -> None:
 def test_keywords_reach_the_template_and_tools_choose_the_tool_template() -> None:
     assert render("{{ enable_thinking }} {{ tools is none }}", enable_thinking=False) == "False True"
     both = metadata("plain") | {"tokenizer.chat_template.tool_use": "with {{ tools[0].name }}"}
-    assert (render_chat(both, HELLO), render_chat(both, HELLO, tools=[{"name": "f"}])) == ("plain", "with f")
-    assert render_chat(metadata("plain"), HELLO, tools=[{"name": "f"}]) == "plain"
+    assert (render_chat(both, []), render_chat(both, [], tools=[{"name": "f"}])) == ("plain", "with f")
+    assert render_chat(metadata("plain"), [], tools=[{"name": "f"}]) == "plain"
 
 
 def test_tojson_writes_json_as_it_is() -> None:
@@ -68,7 +68,8 @@ def test_tojson_writes_json_as_it_is() -> None:
 
 def test_loop_controls_generation_tags_and_the_date_are_there() -> None:
     assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
-    assert render("a{% generation %}b{{ messages[0].content }}{% endgeneration %}c") == "abHic"
+    assert render("a{% generation %}b{{ messages[0].content }}{% endgeneration %}c", HELLO) == "abHic"
+    assert render("{{ date_string }}").split() == render("{{ strftime_now('%d %b %Y') }}").split()
     assert render("{{ strftime_now('%Y') }}") in {str(datetime.now().year), str(datetime.now().year - 1)}
 
 
@@ -106,7 +107,7 @@ def test_a_missing_template_is_named_by_its_key(keys: dict[str, Any]) -> None:
 )
 def test_errors_in_a_template_name_the_key_and_the_line(template: str, message: str) -> None:
     with pytest.raises(ChatTemplateError, match=f"^tokenizer.chat_template.*{message}"):
-        render(template)
+        render(template, HELLO)
 
 
 @pytest.mark.parametrize("messages", ["Hi", [HELLO], [{"content": "Hi"}], [{"role": 3}], None, [*HELLO, "x"]])
@@ -134,7 +135,7 @@ def test_messages_of_a_wrong_shape_are_refused(messages: Any) -> None:
 def test_the_inside_of_objects_is_out_of_reach(template: str) -> None:
     messages = [dict(message) for message in HELLO]
     try:
-        text = render(template, messages)
+        text = render(template + "{{ messages[0].content }}", messages)
     except ChatTemplateError:
         text = ""
     assert "object" not in text and "module" not in text and "type" not in text, text
@@ -160,12 +161,68 @@ DOUBLE = "{%% set ns = namespace(s='ab', l=[1]) %%}{%% for i in range(64) %%}{%%
         "{{ 'a'.ljust(10000000000) }}",
         "{{ 'a'.zfill(10000000000) }}",
         "{% for i in range(10000000000) %}{% endfor %}",
+        "{{ 'a' | center(10000000000) }}",
+        "{{ 'a' | indent(10000000000, true) }}",
+        "{{ ['a'] | map('center', 10000000000) | list }}",
+        "{{ [1] | batch(10000000000, 0) | list }}",
+        "{{ [1] | slice(10000000000) | list }}",
+        "{{ 1.5 | round(10000000000, 'ceil') }}",
+        "{{ [1] | tojson(indent=10000000000) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ '%*d' % (10000000000, 1) }}",
+        "{{ '%.10000000000f' | format(1.5) }}",
+        "{{ '{:>10000000000}'.format(1) }}",
+        "{{ '{:>{w}}'.format(1, w=10000000000) }}",
+        "{{ '{x:>10000000000}'.format_map({'x': 1}) }}",
+        "{{ (7).to_bytes(10000000000, 'big') }}",
+        "{{ (7).to_bytes(length=10000000000, byteorder='big') }}",
+        "{{ ('\t' * 100000).expandtabs(100000) }}",
+        "{{ 'a'.encode().ljust(10000000000) }}",
         "{% for i in range(100000) %}{{ 'x' * 10000 }}{% endfor %}",
     ],
 )
 def test_huge_results_are_refused_before_they_exist(template: str) -> None:
     with pytest.raises(ChatTemplateError, match=r"OverflowError|SecurityError"):
-        render(template)
+        render(template, HELLO)
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("1735689600000 // 1000", "1735689600"),
+        ("1735689600000 * 0.001", "1735689600.0"),
+        ("1735689600000 + 0.5", "1735689600000.5"),
+        ("2 ** 53 - 1", "9007199254740991"),
+        ("2 ** -20000", "0.0"),
+        ("-9007199254740993 % 1000", "7"),
+        ("namespace(at=1735689600000).at", "1735689600000"),
+        ("dict(at=1735689600000)['at']", "1735689600000"),
+        ("[1735689600000, -9007199254740993] | tojson", "[1735689600000, -9007199254740993]"),
+        ("{'maximum': 9223372036854775807} | tojson(indent=1)", '{\n "maximum": 9223372036854775807\n}'),
+        ("'abc'[:100000000]", "abc"),
+        ("'abc'.find('c', 0, 1735689600000)", "2"),
+        ("'a,b'.split(',', 1735689600000) | length", "2"),
+        ("'aa'.replace('a', 'b', 1735689600000)", "bb"),
+        ("{}.get('at', 1735689600000)", "1735689600000"),
+        ("range(1735689600000, 1735689600002) | list", "[1735689600000, 1735689600001]"),
+        ("'%d ms' % 1735689600000", "1735689600000 ms"),
+        ("'1735689600000 %s' | format(1735689600000)", "1735689600000 1735689600000"),
+        ("'{} {:,} {:>14}'.format(1735689600000, 1735689600000, 1)", "1735689600000 1,735,689,600,000              1"),
+        ("1735689600000 | round(2)", "1735689600000"),
+        ("1735689600000 | center(15)", " 1735689600000 "),
+        ("'1735689600000' | int // 1000", "1735689600"),
+        ("nothing | default(1735689600000)", "1735689600000"),
+        ("'some words' | truncate(1735689600000)", "some words"),
+        ("[1735689600000, 1] | sum", "1735689600001"),
+        ("1735689600000 > 16777217", "True"),
+        ("cycler(1735689600000, 2).next()", "1735689600000"),
+        ("(1735689600000).bit_length()", "41"),
+    ],
+)
+def test_large_values_are_no_sizes(expression: str, expected: str) -> None:
+    assert render("{{ " + expression + " }}") == expected
+    macro = "{% macro show(value) %}{{ value }}{% endmacro %}"
+    assert render(macro + "{{ show(" + expression + ") }}") == expected
 
 
 def test_large_but_sensible_prompts_pass() -> None:

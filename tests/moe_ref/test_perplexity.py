@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moe_ref.model import Model
 from moe_ref.perplexity import chunk, chunk_loss, perplexity
 from moe_ref.tokenizer import load_tokenizer
+from tests.slow_shares import mostly_slow
 
 ROOT = Path(__file__).resolve().parents[2]
 README = {"moe-40m-Q4_K_M.gguf": (3.68775, 39.955), "moe-40m-Q8_0.gguf": (3.68529, 39.857)}
@@ -189,7 +190,7 @@ def test_first_chunks_of_the_trained_model_equal_an_independent_float64_model(na
     assert abs(got["nll"] - expected.mean()) < 1e-4, f"{name}: {got}, expected {expected.mean():.6f}"
 
 
-@pytest.mark.parametrize("name", README)
+@pytest.mark.parametrize("name", mostly_slow(README, "moe-40m-Q4_K_M.gguf", seconds=10))
 def test_perplexity_of_the_whole_validation_text_is_the_readme_s(name):
     nll, ppl = README[name]
     chunks = valid_chunks(name)

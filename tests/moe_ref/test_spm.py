@@ -4,7 +4,6 @@ nothing, and no text takes more than its share of time. Ids of real files are co
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from moe_ref.pretokenizers import SPACE_MARKED
 from moe_ref.spm import merge
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, TokenizerError, load_tokenizer
+from tests.effort import little_computing
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -224,19 +224,17 @@ def test_cutting_at_words_changes_nothing_by_merges(text: str, parts: list[str])
 def test_a_long_run_takes_time_in_proportion(unit: str) -> None:
     runs = {"a" * 2**k: -k for k in range(1, 6)} | {"▁" * 2**k: -k for k in range(1, 6)}
     for mine in (scored(dict.fromkeys("ab▁", -99) | runs), listed("a+a aa+aa ▁+▁ ▁▁+▁▁ a+b \n+\n")):
-        start = time.perf_counter()
         text = unit * (60_000 // len(unit))
-        assert mine.decode(mine.encode(text, add_special=False, parse_special=False)) == text
-        assert time.perf_counter() - start < 5, "0.1 s when written"
+        with little_computing(10):
+            assert mine.decode(mine.encode(text, add_special=False, parse_special=False)) == text
 
 
 def test_thousands_of_special_tokens_do_not_slow_a_text_down() -> None:
     special = {f"<unused{i}>": CONTROL for i in range(6000)}  # as Gemma 3 has
     mine = scored(dict.fromkeys("<p> ", -1), special)
     text = "<p> <unused7></p>\n" * 6000
-    start = time.perf_counter()
-    assert mine.encode(text).count(mine._vocabulary.ids["<unused7>"]) == 6000
-    assert time.perf_counter() - start < 5, "0.1 s when written"
+    with little_computing(10):
+        assert mine.encode(text).count(mine._vocabulary.ids["<unused7>"]) == 6000
 
 
 # ---- bad metadata
@@ -263,7 +261,6 @@ def test_a_file_without_tokens_says_so(model: str) -> None:
         ("llama", {"add_space_prefix": 1}, "add_space_prefix: 1, expected true or false"),
         ("llama", {"tokens": None}, "tokens is missing"),
         ("gemma4", {"merges": None}, "merges is missing"),
-        ("gemma4", {"merges": ["a b", "ab"]}, r"merges\[1\] 'ab', expected two tokens and a space"),
     ],
 )
 def test_bad_metadata_is_refused_by_the_name_of_its_key(model: str, keys: dict[str, Any], message: str) -> None:

@@ -13,12 +13,12 @@ from moe_cupy.kernels.cuda import launches
 from moe_cupy.kernels.cuda.cases import Case, Output, as_input, sum_error
 from moe_cupy.kernels.cuda.cases_small import delta_cases, norm_cases, small_cases
 from moe_cupy.kernels.cuda.launches import CacheRows, Pointers, Sight, Slots
+from moe_cupy.kernels.kept import CACHES, numbers_of, stored
 from moe_cupy.kernels.reference import expand
 from moe_cupy.kernels.samples import U, normal, random_matrix, unset
 from moe_ref.attention import attend, visible
 from moe_ref.experts import ACTIVATIONS
 from moe_ref.kv_types import rotated
-from moe_ref.quants import quantize
 from moe_ref.rope import apply_rope, rope_tables
 from moe_ref.routing import route
 
@@ -149,14 +149,11 @@ def attention_cases(
 
 def cache_of(rng: np.random.Generator, kind: str, seen: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """A cache with five rows more than are filled, all NaN, and the numbers of the filled, float64 [seen, width]."""
-    if kind == "Q8_0":
-        values = random_matrix(rng, "Q8_0", seen, width)
-        rows = np.full((seen + 5, width // 32 * 34), 0x7F, np.uint8)  # 0x7f7f is a NaN
-        rows[:seen] = values.data.reshape(seen, -1)
-        return rows, expand(values)
-    rows = normal(rng, seen + 5, width).astype({"F32": np.float32, "F16": np.float16}[kind])
-    rows[seen:] = np.nan  # later tokens must not count
-    return rows, rows[:seen].astype(np.float64)
+    items, _, numbers, size = CACHES[kind.lower()]
+    nbytes = width // numbers * size * np.dtype(items).itemsize
+    rows = np.full((seen + 5, nbytes), 0xFF, np.uint8).view(items)  # NaN in each type: later tokens must not count
+    rows[:seen] = stored(normal(rng, seen, width), rows)
+    return rows, numbers_of(rows[:seen]).astype(np.float64)
 
 
 def attention_expected(q: Any, k: Any, v: Any, sight: Sight, positions: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +182,9 @@ def all_attention_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     yield from make((7, 6, 2, 48, 20), 3, Sight(0.2))
     yield from make((1, 1, 1, 16, 16), 0, Sight(0.25))
     yield from make((5, 2, 1, 24, 24), 60, Sight(0.2, chunk=32), kind="F16")
-    yield from make((2, 4, 2, 64, 32), 40, Sight(0.3), kind="Q8_0")
+    for kind in ("Q8_0", "Q4_0", "BF16"):
+        yield from make((2, 4, 2, 64, 32), 40, Sight(0.3), kind=kind)
+        yield from make((5, 4, 2, 32, 32), 3, Sight(0.3), kind=kind)  # few positions: more of the tolerance is used
     yield from make((2, 3, 1, 72, 64), 33, Sight(0.1))  # MLA: 64 of 72
     yield from make((2, 2, 2, 32, 32), 20, Sight(0.3, softcap=2.0))
     yield from make((5, 2, 1, 256, 256), 20, Sight(256**-0.5), kind="F16")  # tiles of 16 positions
@@ -196,18 +195,21 @@ def all_attention_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
 def cache_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     """New rows into a cache, whole and beside others; both number types."""
     rows = np.array([4, 0, 8], np.int32)
-    for dtype in (np.float32, np.float16):
-        cache, x = normal(rng, 9, 50).astype(dtype), normal(rng, 3, 45)
+    for kind in ("f32", "f16", "bf16"):
+        empty = np.empty(0, CACHES[kind][0])
+        cache, x = stored(normal(rng, 9, 50), empty).astype(empty.dtype), normal(rng, 3, 45)
         want = cache.copy()
-        want[rows, 7:47] = x[:, :40]
+        want[rows, 7:47] = stored(x[:, :40], empty)
         launch = launches.kv_store(cache, x, rows, column=7, width=40, block=block)
-        yield Case(f"kv_store {np.dtype(dtype)}", (launch,), (Output(cache, want.astype(np.float64)),))
-    x, blocks = normal(rng, 3, 160), np.full((9, 6 * 34), 0xCD, np.uint8)
-    x[1, 32:64] = 0
-    want = blocks.copy()
-    want[rows, 34 : 5 * 34] = quantize(x[:, :128], "Q8_0")
-    launch = launches.kv_store(blocks, x, rows, column=32, width=128, block=block)
-    yield Case("kv_store_q8_0", (launch,), (Output(blocks, want),))
+        yield Case(f"kv_store {kind}", (launch,), (Output(cache, want.astype(np.float64)),))
+    for kind in ("q8_0", "q4_0"):
+        items, _, _, size = CACHES[kind]
+        x, blocks = normal(rng, 3, 160), np.full((9, 6 * size), 0xCD, np.uint8).view(items)
+        x[1, 32:64], x[2, 7], x[2, 9] = 0, 5, -5  # two of one magnitude: the first says which end is code 0
+        want = blocks.copy()
+        want[rows, size : 5 * size] = stored(x[:, :128], blocks)
+        launch = launches.kv_store(blocks, x, rows, column=32, width=128, block=block)
+        yield Case(f"kv_store_{kind}", (launch,), (Output(blocks, want),))
     for count in (64, 512):
         turned = normal(rng, 3, 1024)
         want, launch = rotated(turned, count), launches.hadamard(turned, count, block)

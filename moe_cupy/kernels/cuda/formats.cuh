@@ -50,6 +50,10 @@ struct Q4_0 {
         NIBBLES(w, load32_by16(b + 2 + 4 * i), less(w & LOW4, 8), less(w >> 4 & LOW4, 8))
         return out;
     }
+    static __device__ __forceinline__ float value(const uint8_t* row, int i) {  // for the KV cache
+        const uint8_t* b = row + (i >> 5) * 18;
+        return load_half(b) * (float)((b[2 + (i & 15)] >> (i >> 2 & 4) & 15) - 8);
+    }
 };
 struct Q4_1 {
     DECODER(32, 20, 1) {

@@ -80,6 +80,16 @@ def measure(architectures: tuple[int, ...] = ARCHITECTURES) -> Measured:
     return dict(found)
 
 
+def cell(kernel: str, architecture: int, needs: Resources) -> str:
+    """Registers of a thread and occupancy, as ``40 (75%)``."""
+    return f"{needs.registers} ({occupancy(needs.registers, *block_of(kernel), architecture):.0%})"
+
+
+def version_line(version: tuple[int, int]) -> str:
+    """Which compilers the table is of."""
+    return f"NVRTC and ptxas {version[0]}.{version[1]}."
+
+
 def table(measured: Measured) -> Iterator[str]:
     """Markdown rows: registers and occupancy (percent) for each architecture, spills of all together."""
     heads = [f"sm_{a}" for a in ARCHITECTURES]
@@ -87,16 +97,14 @@ def table(measured: Measured) -> Iterator[str]:
     yield "|---|--:|--:|" + "--:|" * (len(heads) + 1)
     for kernel, by_architecture in sorted(measured.items()):
         threads, shared = block_of(kernel)
-        cells = [
-            f"{r.registers} ({occupancy(r.registers, threads, shared, a):.0%})" for a, r in by_architecture.items()
-        ]
+        cells = [cell(kernel, a, r) for a, r in by_architecture.items()]
         spills = sum(r.spill_bytes + r.stack_bytes for r in by_architecture.values())
         yield f"| {kernel} | {threads} | {shared} | {' | '.join(cells)} | {spills} |"
 
 
 def page(measured: Measured, version: tuple[int, int]) -> str:
     """What stands between the two marks of docs/kernels.md."""
-    return "\n".join([BEGIN, f"NVRTC and ptxas {version[0]}.{version[1]}.", "", *table(measured), END])
+    return "\n".join([BEGIN, version_line(version), "", *table(measured), END])
 
 
 def committed(text: str) -> tuple[str, dict[str, list[str]]]:

@@ -55,6 +55,12 @@ __device__ __forceinline__ uint32_t load32_by16(const uint8_t* p) { return load1
 __device__ __forceinline__ uint32_t load32_by8(const uint8_t* p) {
     return p[0] | p[1] << 8 | p[2] << 16 | (uint32_t)p[3] << 24;
 }
+// The nearest number with the upper 16 bits of a float, ties to even; a NaN stays one.
+__device__ __forceinline__ uint16_t float_to_bfloat(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
 __device__ __forceinline__ float load_half(const uint8_t* p) { return half_to_float(*(const uint16_t*)p); }
 
 // Every lane gets the result; the order of additions is fixed.

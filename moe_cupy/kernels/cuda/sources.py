@@ -29,7 +29,7 @@ BLOCK_FORMATS = (
     *"Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split(), *GRID_FORMATS,
 )  # fmt: skip
 FORMATS = (*PLAIN_FORMATS, *BLOCK_FORMATS)
-CACHE_FORMATS = ("F32", "F16", "Q8_0")  # of the KV cache
+CACHE_FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")  # of the KV cache
 
 GRIDS = "gridformats.cuh"
 

@@ -10,8 +10,8 @@ import numpy as np
 from moe_cupy.kernels.host import attention as attending
 from moe_cupy.kernels.host import delta, layer, matmul, products, routing
 from moe_cupy.kernels.host.experts import MATRICES, run_experts
+from moe_cupy.kernels.kept import format_of, infinite_to_nan, numbers_in, stored
 from moe_cupy.kernels.matrix import Matrix
-from moe_ref.quants import quantize
 from moe_ref.quants.activations import round_for
 
 Vector = np.ndarray | None  # None: there is none
@@ -166,32 +166,25 @@ def hadamard(split: Split, x: np.ndarray, count: int) -> None:
 
 
 def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) -> None:
-    """cache[position:position+T] = new, rounded to the cache's type; cache [S, G, K], new [T, G, K].
+    """cache[position:position+T] = new, rounded to the cache's type; cache [S, G, items of K], new [T, G, K].
 
-    A cache of uint8 is one of Q8_0 blocks, [S, G, K / 32 * 34]. What is not finite, or too large for the type, is NaN
-    there: minus infinity would get no weight in attention, and nobody would see it.
+    What is not finite, or too large for the type, is NaN there: a score of minus infinity would hide it.
     """
     rows = cache[position : position + len(new)]
-    if cache.dtype == np.uint8:
-        rows[...] = quantize(new, "Q8_0")
-        steps = rows.reshape(-1, 34)[:, :2].copy().view(np.float16)
-        if not np.isfinite(steps).all():
-            rows.reshape(-1, 34)[:, :2] = (steps + (steps - steps)).view(np.uint8)
-    else:
-        rows[...] = new
-        rows += rows - rows
+    rows[...] = stored(new, cache)
+    infinite_to_nan(rows)
 
 
 NATIVE = {np.dtype(np.float32): attending.F32, np.dtype(np.float16): attending.F16}  # what attention reads as it is
 
 
 def _kept(split: Split, cache: np.ndarray, at: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """A cache [S, G, .] as attention reads it, of Q8_0 blocks made float32 from ``at`` on, and ``rows_of``'s words."""
+    """A cache [S, G, .] as attention reads it, other types made float32 from ``at`` on, and ``rows_of``'s words."""
     if cache.dtype in NATIVE:
         return cache, (products.address(cache), NATIVE[cache.dtype], *cache.shape[1:])
-    rows, width = (len(cache) - at) * cache.shape[1], cache.shape[2] // 34 * 32
-    raw = cache[at:].reshape(-1)
-    kind, row_bytes = matmul.layout(Matrix("Q8_0", rows, width, raw))
+    rows, width = (len(cache) - at) * cache.shape[1], numbers_in(cache.shape[2], cache)
+    raw = cache[at:].reshape(-1).view(np.uint8)
+    kind, row_bytes = matmul.layout(Matrix(format_of(cache), rows, width, raw))
     out, ids = np.empty((rows, width), np.float32), np.arange(rows, dtype=np.int32)
     split(matmul.embed_rows, rows, width, kind, row_bytes, raw, ids, out)
     begin = products.address(out) - 4 * at * cache.shape[1] * width
@@ -214,7 +207,7 @@ def attention(
 ) -> None:
     """Causal grouped-query attention; q [T, H, K], caches k [S, G, K] and v [S, G, at least V], out [T, H, V].
 
-    Caches hold float32, float16 or (uint8) Q8_0 blocks.
+    What caches hold is in ``kept.py``.
 
     A query sees ``window`` positions, its own included, or those since the last multiple of it if ``chunked``; 0: all.
     ``sinks`` [H] are logits that take a share and have no value; ``temperature`` [T] multiplies a query's scores.

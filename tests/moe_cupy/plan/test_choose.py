@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -20,6 +19,8 @@ from moe_cupy.plan.hardware import GB, GIB, Gpu, Machine, gpu_called, machine_ca
 from moe_cupy.plan.planner import Plan, Request, cached_plan
 from moe_cupy.plan.shapes import Model, preset
 from moe_cupy.plan.tables import PlanError, table
+from tests.effort import calls_of
+from tests.slow_shares import mostly_slow
 
 MISSION = machine_called("rtx5080-128g")
 NAMES = ("qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b", "deepseek-v2-lite", "gemma-4-26b-a4b", "qwen3.6-35b-a3b",
@@ -136,7 +137,9 @@ def every_change(model: Model, machine: Machine, request: Request, ctx: int, sho
     return tried
 
 
-@pytest.mark.parametrize("machine", table("hardware")["machine"])
+@pytest.mark.parametrize(
+    "machine", mostly_slow(table("hardware")["machine"], "rtx5080-128g", "h100-server", "desktop-64g")
+)
 @pytest.mark.parametrize(("name", "quant"), [("qwen3-30b-a3b", "Q4_K_M"), ("glm-4.5-air", "Q8_0"),
                                              ("qwen3-235b-a22b", "Q4_K_M"), ("mixtral-8x7b", "Q6_K")])  # fmt: skip
 def test_the_first_advice_is_the_best_of_all(name, quant, machine):
@@ -199,10 +202,11 @@ def test_a_machine_that_names_no_disk_says_what_is_assumed(capsys, tmp_path):
         assert any("names no disk" in warning for warning in plan["warnings"]) == told
 
 
-@pytest.mark.parametrize("machine", ["rtx5080-128g", "rtx3060-32g", "desktop-64g"])
+@pytest.mark.parametrize("machine", mostly_slow(["rtx5080-128g", "rtx3060-32g", "desktop-64g"], "rtx3060-32g"))
 @pytest.mark.parametrize("name", ["kimi-k2", "qwen3-235b-a22b", "qwen3-next-80b-a3b"])
 def test_an_answer_takes_less_than_ten_seconds(name, machine):
-    """With advice and commands; the largest models, a machine that is too small for them among others."""
-    begun = time.process_time()
-    main(["plan", name, "--hardware", machine, "--explain"])
-    assert time.process_time() - begun < 10
+    """With advice and commands; the largest models, a machine that is too small for them among others.
+
+    In calls of functions, of which there are some two and a half million a second.
+    """
+    assert calls_of(lambda: main(["plan", name, "--hardware", machine, "--explain"])) < 25_000_000

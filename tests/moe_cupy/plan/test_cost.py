@@ -17,6 +17,7 @@ from moe_cupy.plan.rules import GPU, cpu_moe, place
 from moe_cupy.plan.shapes import Past, preset
 from moe_cupy.plan.tables import table
 from moe_cupy.profile_command import profile_text
+from tests.slow_shares import mostly_slow
 
 MISSION = machine_called("rtx5080-128g")
 
@@ -135,7 +136,9 @@ def test_waiting_is_the_mean_of_a_simulation():
 
 
 @pytest.mark.parametrize("name", table("models"))
-@pytest.mark.parametrize("machine", table("hardware")["machine"])
+@pytest.mark.parametrize(
+    "machine", mostly_slow(table("hardware")["machine"], "rtx5080-128g", "h100-server", "desktop-64g")
+)
 def test_what_is_planned_fits(name, machine):
     """Every preset on every machine: the card is not overfilled, and the parts add up to the model."""
     model, hardware = preset(name), machine_called(machine)

@@ -94,6 +94,11 @@ inline int __float_as_int(float value) {
     memcpy(&bits, &value, 4);
     return bits;
 }
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }  // the build says -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __float2int_rn(float x) { return (int)rintf(x); }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_cupy.kernels.cuda.launches.core import MAX_VALUE_LENGTH, MOST_SHARED_BYTES, Launch, ceil_div, thread_each
+from moe_cupy.kernels.kept import format_of, numbers_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class CacheRows:
-    """One layer's cache: k and v [ring, ...] float32, float16 or (uint8) Q8_0 blocks; position p is row p % ring.
+    """One layer's cache: k and v [ring, ...], which hold what is in ``kept.py``; position p is row p % ring.
 
     KV head g has its K keys at g * K of a row, its V values at g * V.
     """
@@ -33,12 +34,12 @@ class CacheRows:
     @property
     def format(self) -> str:
         """The name of its numbers' type."""
-        return {"float16": "F16", "float32": "F32", "uint8": "Q8_0"}[str(self.k.dtype)]
+        return format_of(self.k)
 
     def shape_args(self, k_width: int, v_width: int) -> tuple[int, ...]:
         """The kernels' groups, K, V, strides (in numbers) and ring."""
         ring = len(self.k)
-        strides = (a.size // ring * (32 if self.format == "Q8_0" else 34) // 34 for a in (self.k, self.v))
+        strides = (numbers_in(a.size // ring, a) for a in (self.k, self.v))
         return self.groups, k_width, v_width, *strides, ring
 
 
@@ -56,14 +57,14 @@ def hadamard(x: Any, count: int, block: int = 64) -> Launch:
 
 
 def kv_store(cache: Any, x: Any, rows: Any, column: int = 0, width: int = 0, block: int = 128) -> Launch:
-    """cache[rows[t], column:][:width] = x[t, :width]; x [T, .], cache [ring, .] float32, float16 or Q8_0 blocks."""
-    stride, row = x.size // len(x), cache.size // len(cache)
+    """cache[rows[t], column:][:width] = x[t, :width]; x [T, .], cache [ring, .] as in ``kept.py``."""
+    stride, row, kind = x.size // len(x), numbers_in(cache.size // len(cache), cache), format_of(cache)
     width = width or stride
-    if cache.dtype == "uint8":
-        args: tuple[Any, ...] = (cache, x, rows, width, stride, row // 34 * 32, column)
-        return Launch("kv_store_q8_0", (ceil_div(width, block), len(x), 1), block, args)
-    args = (cache, x, rows, width, stride, row, column, int(cache.dtype == "float16"))
-    return Launch("kv_store", (ceil_div(width, block), len(x), 1), block, args)
+    args: tuple[Any, ...] = (cache, x, rows, width, stride, row, column)
+    grid = (ceil_div(width, block), len(x), 1)
+    if kind in ("Q8_0", "Q4_0"):
+        return Launch(f"kv_store_{kind.lower()}", grid, block, args)
+    return Launch("kv_store", grid, block, (*args, ("F32", "F16", "BF16").index(kind)))
 
 
 def attention_decode(partial: Any, q: Any, cache: CacheRows, positions: Any, sight: Sight, block: int = 128) -> Launch:

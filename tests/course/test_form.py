@@ -1,4 +1,4 @@
-"""The course keeps its form: short cells, a header, stored outputs, and paths that exist. (That it runs is nbval's.)"""
+"""The course keeps its form: short cells, a header, stored outputs, paths that exist. (Runs: test_runs.py)"""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_CELLS, MOST_LINES, MOST_COLUMNS = 25, 10, 120
 HEADER = ("**Question.**", "**Afterwards you can**", "**Runtime**", "**Needs**")
 SECTIONS = ("Predict", "Build", "Measure", "What surprised us", "Exercises", "Where this lives in the code")
+RICH = {"image/png", "image/svg+xml", "text/html", "text/markdown", "application/vnd.jupyter.widget-view+json"}
+TAGS = {"timing", "rounding"}  # what a saved output may differ in from a fresh one: test_runs.py
 MACHINE_PATH = re.compile(r"(?<![\w.])/(tmp|home|root|work|Users|opt|mnt|var)/|[A-Z]:\\Users")
 REPOSITORY_PATH = re.compile(r"`((?:moe_ref|moe_cupy|tests|data)/[\w./-]*)`")
 
@@ -97,10 +99,23 @@ def test_outputs_are_those_of_one_run_from_top_to_bottom(path):
 
 
 @every_notebook
+def test_no_cell_ends_in_a_bare_repr(path):
+    """Like `<matplotlib.legend.Legend at 0x7f…>`: a missing semicolon. Values are printed, or shown as a picture."""
+    results = [
+        (number, output["data"]["text/plain"])
+        for number, cell in enumerate(cells(path, "code"), 1)
+        for output in cell["outputs"]
+        if output["output_type"] == "execute_result" and not set(output["data"]) & RICH
+    ]
+    assert not results, f"In[n] and its repr: {results}"
+
+
+@every_notebook
 def test_nothing_of_the_machine_is_stored(path):
     notebook = json.loads(path.read_text())
     assert [text for text in texts(notebook) if MACHINE_PATH.search(text)] == []
-    assert all(not cell["metadata"] for cell in notebook["cells"]), "cells carry times or tags"
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in notebook["cells"]), "cells carry times"
+    assert all(set(cell["metadata"].get("tags", [])) <= TAGS for cell in notebook["cells"])
 
 
 @every_notebook
