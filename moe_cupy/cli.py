@@ -3,119 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from importlib import import_module
 from typing import Any
 
+from moe_cupy.bench_command import add_bench, cmd_bench
 from moe_cupy.engine_flags import add_engine
 from moe_cupy.engine_parser import BenchParser, CommandParser, EngineParser
 from moe_cupy.lab_commands import add_replay, add_routes, add_synth
+from moe_cupy.opening import open_engine, with_kernels
 from moe_cupy.plan_flags import add_plan
+from moe_cupy.run_command import cmd_run
+from moe_cupy.this_machine import profile_path
 from moe_cupy.tools.gpu_check.command import add_gpu_check
 from moe_ref.command import (
     RequestError,
     add_model,
     add_prompt,
     add_sampling,
-    counted,
-    note,
     number,
-    print_json,
-    prompt_ids,
-    prompt_text,
     read_text,
     run_command,
-    sampler_of,
     token_list,
     whole_file,
 )
+from moe_ref.common_flags import add_common
+from moe_ref.console import Settings, note, progress, with_progress
 
-
-def with_kernels(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    """Run a command once the kernels are there; that they are compiled is said where it has to be done."""
-    from moe_cupy.numba_cache import compilation_told
-
-    for remark in getattr(args, "remarks", ()):
-        note(remark)
-    with compilation_told(sys.stderr):
-        import_module("moe_cupy.engine")
-        if getattr(args, "device", "host") != "cuda":
-            import_module("moe_cupy.kernels.host.ops")
-    return run(args)
-
-
-def open_engine(args: argparse.Namespace) -> Any:
-    """The engine that the flags describe; says on stderr which device and placement were chosen."""
-    from moe_cupy.engine import Engine, Options
-    from moe_cupy.engine.spelling import flags
-    from moe_cupy.numba_cache import compilation_told
-    from moe_cupy.plan_commands import placement_lines
-
-    for line in placement_lines(args):
-        note(line)
-    names = Options.__dataclass_fields__
-    options = {name: value for name, value in vars(args).items() if name in names}
-    options["ubatch_size"] = min(args.ubatch_size, args.batch_size or args.ubatch_size)  # as llama.cpp bounds it
-    with flags(), compilation_told(sys.stderr):  # a GPU may leave experts to the CPU
-        engine = Engine(args.model, progress=sys.stderr.isatty(), **options)
-    note("\n".join([engine.device_reason, *engine.placement.lines(), engine.kv.line()]))
-    if args.verbose:
-        from moe_cupy.tools.report import tensor_lines
-
-        note("\n".join(tensor_lines(engine)))
-    if engine.kv.capacity > engine.config.context_length:
-        note(f"-c {engine.kv.capacity}: this model was made for {engine.config.context_length} tokens; "
-             "what it writes beyond them is not to be trusted")  # fmt: skip
-    if args.threads:
-        from moe_cupy.device.host import usable_cores
-
-        if args.threads > usable_cores():
-            cores = counted(usable_cores(), "core")
-            note(f"-t {args.threads}: this machine has {cores}; more threads than that are slower")
-    return engine
-
-
-def cmd_run(args: argparse.Namespace) -> None:
-    """Text as it comes, then placement, tok/s, hits, bytes and stalls."""
-    from moe_cupy.tools.report import side_by_side
-    from moe_ref.split import open_model
-    from moe_ref.tokenizer import StreamDecoder
-
-    sampler = sampler_of(args)
-    with open_model(args.model) as file:  # a mistake in the prompt is told before a large model is loaded
-        text = prompt_text(args, file.metadata)
-    with open_engine(args) as engine:
-        ids = prompt_ids(args, engine.tokenizer, text)
-        if not 1 <= len(ids) <= engine.kv.capacity:
-            raise RequestError(f"the prompt has {len(ids)} tokens; the context holds 1..{engine.kv.capacity} (-c)")
-        decoder, made = StreamDecoder(engine.tokenizer), []
-        if args.display_prompt:
-            print(text, end="", flush=True)
-        for token in engine.generate_tokens(ids, args.predict, sampler, engine.tokenizer.eog_ids):
-            made.append(token)
-            print(decoder.push(token), end="", flush=True)
-        print(decoder.flush())
-        if engine.kv.length == engine.kv.capacity and len(made) != args.predict:
-            note(f"stopped after {len(made)} tokens: the context of {engine.kv.capacity} is full (-c)")
-        stats = engine.stats
-        if args.json:
-            from moe_cupy.tools.bench import Result, Test, as_record
-
-            ns = max(1, int(1e9 * stats.decoded_seconds))
-            record = as_record(engine, Result(Test(0, stats.decoded_tokens), (ns,), stats), warm=False)
-            made_text = engine.tokenizer.decode(made, continues=True)
-            print_json(record | {"n_gen": len(made), "n_prompt": len(ids), "text": made_text, "tokens": made})
-        else:
-            print("\n" + side_by_side([("", stats)]))
+# Commands of moe-ref that are reached from here too.
+OF_REFERENCE = {
+    "inspect": "Show what a GGUF file is and where its bytes are.",
+    "quantize": "Write a copy of a GGUF file with its weight matrices in other types.",
+}
 
 
 def cmd_logits(args: argparse.Namespace) -> None:
-    """Logits of every position, written as .npz with arrays ``tokens`` int32 [T] and ``logits`` float32 [T, vocab]."""
+    """Write the logits of every position of a list of tokens to a file.
+
+    The file is an .npz archive with the arrays tokens, int32 [T], and logits, float32 [T, vocab].
+    """
     import numpy as np
 
     tokens = token_list(args.tokens)
@@ -127,8 +56,8 @@ def cmd_logits(args: argparse.Namespace) -> None:
 
 
 def cmd_perplexity(args: argparse.Namespace) -> None:
-    """Chunks of -c tokens, each a fresh context whose first token is not scored."""
-    from moe_ref.perplexity import chunk, perplexity, progress, report
+    """Perplexity of a text in chunks of -c tokens; the first token of a chunk is not scored."""
+    from moe_ref.perplexity import chunk, perplexity, report
     from moe_ref.split import open_model
     from moe_ref.tokenizer import load_tokenizer
 
@@ -137,11 +66,11 @@ def cmd_perplexity(args: argparse.Namespace) -> None:
         ids = load_tokenizer(file.metadata).encode(read_text(args.file), add_special=False, parse_special=False)
     chunks = chunk(ids, args.ctx_size, args.chunks)
     with open_engine(args) as engine:
-        report(perplexity(engine.logits, progress(chunks)), args.json)
+        report(perplexity(engine.logits, with_progress(chunks, "chunks", len(chunks))), args.json)
 
 
 def cmd_check(args: argparse.Namespace) -> int:
-    """Every op against its reference, the whole model against moe_ref; exit code 1 on any disagreement."""
+    """Compare every kernel with its reference and the whole model with moe_ref; exit code 1 if they disagree."""
     import numpy as np
 
     from moe_cupy.device import open_device
@@ -156,32 +85,8 @@ def cmd_check(args: argparse.Namespace) -> int:
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
-def cmd_bench(args: argparse.Namespace) -> None:
-    """llama-bench's tests and columns, plus what the expert cache did."""
-    from moe_cupy.tools import bench
-
-    tests = bench.tests_of(args.n_prompt, args.n_gen, [bench.Test(*pair) for pair in args.pg], args.n_depth)
-    if not tests or [0, 0] in args.pg:
-        raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0")
-    args.ctx_size = args.ctx_size or max(test.context for test in tests)
-    given = bench.given_tokens(args.tokens) if args.tokens is not None else None
-    records = []
-    for threads in args.threads or [None]:
-        with open_engine(argparse.Namespace(**{**vars(args), "threads": threads})) as engine:
-            for test in tests:
-                result = bench.run_test(engine, test, args.repetitions, args.warmup, given)
-                records.append(bench.as_record(engine, result, args.warmup))
-                note(f"{test.name}: {records[-1]['avg_ts']:.2f} tok/s")
-                if args.output == "jsonl":
-                    print_json(records[-1])
-    if args.output == "json":
-        print(json.dumps(records, indent=1))
-    elif args.output == "md":
-        print(bench.markdown(records))
-
-
 def cmd_repack(args: argparse.Namespace) -> None:
-    """Write a model's experts side by side into a file for --store, or check such a file."""
+    """Copy a model's experts, each in one piece, into a file for --store, or --verify such a file."""
     from moe_cupy.tools import repack
     from moe_ref.quantize import TYPES, type_called
     from moe_ref.split import open_model
@@ -191,15 +96,23 @@ def cmd_repack(args: argparse.Namespace) -> None:
         raise RequestError("--low says what to write; --verify writes nothing")
     with open_model(args.model) as file:
         steps = repack.verify(file, args.output) if args.verify else repack.repack(file, args.output, low)
-        for done, total in steps:
-            if sys.stderr.isatty():
-                print(f"\r{done} of {total} experts", end="", file=sys.stderr, flush=True)
+        total = finished(steps, "experts")
     size = os.path.getsize(args.output) / 2**20
     note(f"{args.output}: {size:.1f} MiB, {total} experts " + ("as written" if args.verify else "written"))
 
 
+def finished(steps: Iterator[tuple[int, int]], what: str) -> int:
+    """Take all ``steps``, each (done, in all), and show how far they are; how many there were."""
+    done, total = next(steps, (0, 0))
+    with progress(what, total) as count:
+        count(done)
+        for _ in steps:
+            count(1)
+    return total
+
+
 def cmd_doctor(args: argparse.Namespace) -> int:
-    """What this machine has, measured, and a self-test of the kernels."""
+    """Show what this machine has, with measured speeds, and test the kernels."""
     from moe_cupy.device import open_device
     from moe_cupy.tools import check, machine
 
@@ -208,6 +121,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     if args.write:
         from moe_cupy.profile_command import write_profile
 
+        if args.write == str(profile_path()):
+            profile_path().parent.mkdir(parents=True, exist_ok=True)
         write_profile(args.write, args.folder)
         return 0
     for name, finding in machine.facts(args.folder):
@@ -222,17 +137,6 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _counts(text: str) -> list[int]:
-    return [number(0)(word) for word in text.split(",")]
-
-
-def _pair(text: str) -> list[int]:
-    pair = _counts(text)
-    if len(pair) != 2:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: expected a prompt and a generation length, such as 512,128")
-    return pair
-
-
 def _add_repack(repacked: argparse.ArgumentParser) -> None:
     add_model(repacked)
     repacked.add_argument("-o", "--output", required=True, metavar="STORE", help="file to write, or to --verify")
@@ -240,22 +144,9 @@ def _add_repack(repacked: argparse.ArgumentParser) -> None:
     repacked.add_argument("--verify", action="store_true", help="write nothing: compare all of STORE's checksums")
 
 
-def _add_bench(bench: argparse.ArgumentParser) -> None:
-    add = bench.add_argument_group("tests").add_argument
-    add("-p", "--n-prompt", type=_counts, default=[512], metavar="N,…", help="prompt tests, e.g. 128,512 (default 512)")
-    add("-n", "--n-gen", type=_counts, default=[128], metavar="N,…", help="generation tests (default 128)")
-    add("-pg", type=_pair, default=[], action="append", metavar="PP,TG", help="prompt, then generation")
-    add("-d", "--n-depth", type=_counts, default=[0], metavar="N,…", help="tokens in the context before (default 0)")
-    add("-r", "--repetitions", type=number(1, 10**6), default=5, metavar="N", help="repetitions of a test")
-    add("--tokens", metavar="IDS", help="feed these ids: a file, or 1,2,3")
-    add("--no-warmup", dest="warmup", action="store_false", help="cold: no expert resident at the start")
-    add("-o", "--output", choices=["md", "json", "jsonl"], default="md", help="form of the results")
-    add_engine(bench, "q8", threads=_counts)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line contract."""
-    parser = CommandParser("moe_cupy", description="Run mixture-of-experts models that do not fit.")
+    parser = CommandParser("moe-cupy", description="Run mixture-of-experts models that do not fit.")
     kinds: Any = lambda kind=CommandParser, **kwargs: kind(**kwargs)  # noqa: E731
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=kinds)
 
@@ -277,24 +168,38 @@ def build_parser() -> argparse.ArgumentParser:
     logits.add_argument("--tokens", required=True, help="ids such as 1,2,3, or @FILE")
     logits.add_argument("-o", "--output", required=True, help="file to write")
     ppl = command("perplexity", cmd_perplexity)
-    ppl.add_argument("-f", "--file", required=True, help="UTF-8 text")
+    ppl.add_argument("-f", "--file", required=True, help="UTF-8 text; - is standard input")
     ppl.add_argument("--chunks", type=number(1), default=None, help="score only the first N chunks")
     check = command("check", cmd_check)
     check.add_argument("--n-tokens", type=number(1), default=32, help="tokens of the whole-model check (default 32)")
     check.add_argument("-s", "--seed", type=number(0), default=0, help="seed of the generated inputs (default 0)")
-    _add_bench(command("bench", cmd_bench, engine=False, kind=BenchParser))
+    add_bench(command("bench", cmd_bench, engine=False, kind=BenchParser))
     _add_repack(command("repack", cmd_repack, engine=False))
     doctor = command("doctor", cmd_doctor, engine=False)
-    doctor.add_argument("--write", metavar="PROFILE.toml", help="only measure this machine for `plan --hardware`")
+    doctor.add_argument("--write", metavar="PROFILE.toml", nargs="?", const=str(profile_path()),
+        help="only measure this machine for `plan`, which finds it where no file is named")  # fmt: skip
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
     add_gpu_check(command)
     for add in (add_routes, add_replay, add_synth, add_plan):
         add(commands)
     for sub in (run, ppl):
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    for name, about in OF_REFERENCE.items():  # listed here, read by ``main``
+        commands.add_parser(name, help=about)
+    add_common(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(build_parser(), argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is not None and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # a thread of its own would only redraw bars that stand still
+        Settings.bar = tqdm
+    if words and words[0] in OF_REFERENCE:
+        from moe_ref.__main__ import main as reference
+
+        return reference(words)
+    return run_command(build_parser(), words)

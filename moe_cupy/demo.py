@@ -31,7 +31,7 @@ def demo(n_predict: int, prompt: str) -> int:
     from moe_cupy.numba_cache import compilation_told
 
     with compilation_told(sys.stderr):
-        import_module("moe_cupy.kernels.host.ops")
+        import_module("moe_cupy.device.host")
         from moe_cupy.engine import Engine, Stats
         from moe_cupy.tools.report import side_by_side
 

@@ -12,13 +12,12 @@ from moe_ref.command import (
     add_model,
     check_writable,
     decimal,
-    note,
     number,
-    print_json,
     read_text,
     token_list,
     whole_file,
 )
+from moe_ref.console import note, print_json, with_progress
 
 Command = Callable[[str, Any], argparse.ArgumentParser]  # (name, what runs it) -> its parser
 
@@ -59,7 +58,7 @@ def _record_engine(args: argparse.Namespace) -> Any:
     from moe_cupy.lab.record import Recorder, expert_bytes_in
     from moe_ref.attention import softmax
 
-    with Engine(args.model, prefetch="next-gate" if args.ahead else "none") as engine:
+    with Engine(args.model, prefetch="next-gate" if args.ahead else "none", progress=True) as engine:
         recorder = Recorder(engine.config.expert_count, args.router)
         before: dict[int, Any] = {}  # layer -> what was said of it early; nothing is, of the first
 
@@ -76,7 +75,7 @@ def _record_engine(args: argparse.Namespace) -> Any:
             for at in range(0, len(ids), engine.options.ubatch_size):
                 logits = engine.prefill(ids[at : at + engine.options.ubatch_size])
                 recorder.end_pass(generated=False)
-            for _ in range(args.predict):
+            for _ in with_progress(range(args.predict), "tokens", args.predict):
                 logits = engine.decode(int(logits.argmax()))
                 recorder.end_pass(generated=True)
         return recorder.trace(source="moe_cupy", model=Path(engine.file.path).name, **expert_bytes_in(engine.file))
@@ -133,9 +132,13 @@ def add_routes(commands: Any) -> None:
     given.add_argument("--tokens", help="ids such as 1,2,3, or @FILE")
     record.add_argument("--split", help="with -f: this text separates sequences")
     record.add_argument("-n", "--predict", type=number(0), default=0, help="greedy tokens after each prompt")
-    record.add_argument("--engine", choices=["cupy", "ref"], default="cupy", help="who runs the model (default cupy)")
+    record.add_argument(
+        "--engine", choices=["cupy", "ref"], default="cupy", help="program that runs the model (default cupy)"
+    )
     record.add_argument("--router", action="store_true", help="keep the router's probability of every expert")
-    record.add_argument("--ahead", action="store_true", help="keep what the next layer's router says one layer early")
+    record.add_argument(
+        "--ahead", action="store_true", help="also keep what the next layer's router chooses one layer early"
+    )
     record.add_argument("-o", "--output", required=True, help=".npz file to write")
     info = action("info", cmd_info)
     info.add_argument("routes", metavar="TRACE", help=".npz trace")
@@ -149,7 +152,7 @@ def add_routes(commands: Any) -> None:
 
 
 def cmd_replay(args: argparse.Namespace) -> None:
-    """Replay route traces through caches of many sizes, policies and prefetchers, always beside Belady."""
+    """Replay recorded routes through caches of many sizes, policies and prefetchers, and Belady's optimum."""
     from moe_cupy.compiled import POLICIES
     from moe_cupy.lab import report, runs
     from moe_cupy.lab.machine import Machine
@@ -168,7 +171,7 @@ def cmd_replay(args: argparse.Namespace) -> None:
         expert_bytes=args.expert_bytes, tokens=args.tokens, profile=args.profile,
     )  # fmt: skip
     rows = []
-    for row in runs.run_all(todo, args.jobs, POLICIES):
+    for row in with_progress(runs.run_all(todo, args.jobs, POLICIES), "replays", len(todo)):
         rows.append(row)
         note(f"{len(rows)}/{len(todo)} {row['routes']} {row['capacity']:g} {row['policy']} + {row['prefetch']}: "
              f"{100 * row['hit_rate']:.2f}%")  # fmt: skip
@@ -243,7 +246,7 @@ def add_replay(commands: Any) -> None:
 
 
 def cmd_synth(args: argparse.Namespace) -> None:
-    """Write a model of any shape whose routers take recorded routes when ids 0, 1, 2, … are decoded."""
+    """Write a made-up model of any size that takes recorded routes when the ids 0, 1, 2, … are decoded."""
     from moe_cupy.lab.synth import Plan, synthesise
     from moe_cupy.lab.trace import read_trace
 

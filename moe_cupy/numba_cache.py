@@ -150,7 +150,7 @@ class _Counted(event.Listener):
 
 @contextmanager
 def compilation_told(out: TextIO) -> Iterator[None]:
-    """Meanwhile, say on ``out`` that functions are compiled, if any are: each second on a terminal, else each ten."""
+    """Meanwhile, say on ``out`` that functions are compiled, if any are: each second on a terminal, else once."""
     counted, ended = _Counted(), threading.Event()
     teller = threading.Thread(target=_tell, args=(counted, ended, out), name="compilation", daemon=True)
     with event.install_listener("numba:compile", counted):
@@ -163,16 +163,15 @@ def compilation_told(out: TextIO) -> Iterator[None]:
 
 
 def _tell(counted: _Counted, ended: threading.Event, out: TextIO) -> None:
-    """A line is written over on a terminal, and followed by others elsewhere."""
-    over, after, every = ("\r", "", 1) if out.isatty() else ("", "\n", 10)
-    begun, told = time.monotonic(), -1.0
-    while not ended.wait(0.2):
-        if not counted.count:
-            begun = time.monotonic()
-        elif (time.monotonic() - begun) // every > told:
-            told = int((time.monotonic() - begun) // every)
-            line = f"compiling host kernels (first run only, about a minute): {counted.count} functions, "
-            print(f"{over}{line}{time.monotonic() - begun:.0f} s", end=after, file=out, flush=True)
-    if told >= 0:
-        done = f"compiled host kernels in {time.monotonic() - begun:.0f} s; they are kept on disk"
-        print(over + done.ljust(90 if over else 0), file=out)
+    """On a terminal one line is written over; elsewhere there is one before and one after, by the same clock."""
+    on_terminal, begun = out.isatty(), 0.0
+    while not ended.wait(1.0 if begun else 0.2):
+        if counted.count and (on_terminal or not begun):
+            begun = begun or time.monotonic()
+            so_far = f": {counted.count} functions, {time.monotonic() - begun:.0f} s" if on_terminal else ""
+            line = f"compiling host kernels (first run only, about a minute){so_far}"
+            print(f"\r{line}" if on_terminal else line, end="" if on_terminal else "\n", file=out, flush=True)
+    if begun:
+        functions = f"{counted.count} function{'s' * (counted.count != 1)}"
+        done = f"compiled the host kernels in {time.monotonic() - begun:.0f} s ({functions}); they are kept on disk"
+        print(f"\r{done:<90}" if on_terminal else done, file=out)

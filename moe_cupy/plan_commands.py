@@ -24,8 +24,9 @@ from moe_cupy.plan.report import as_json, no_plan, tensor_lines, text
 from moe_cupy.plan.rules import gpu_layers
 from moe_cupy.plan.shapes import Model, from_file, preset
 from moe_cupy.plan.tables import DoesNotFit, table
-from moe_cupy.plan_flags import DEFAULT_HARDWARE
-from moe_ref.command import note, print_json, read_text
+from moe_cupy.this_machine import this_machine
+from moe_ref.command import read_text
+from moe_ref.console import note, print_json
 
 WAYS: dict[str, Any] = {"cache": cached_plan, "static": best_static}  # of --mode
 
@@ -38,7 +39,7 @@ def cmd_plan(args: argparse.Namespace) -> None:
         raise PlanError("--from-command: the line names no model; it needs -m FILE.gguf or -hf OWNER/NAME:QUANT, "
                         "or name one before --from-command")  # fmt: skip
     model = model_called(said.model if said and not args.model else args.model, args.quant)
-    machine = machine_of(args)
+    machine, found = machine_of(args)
     request = replace(said.request, depth=args.depth, overfull=True) if said else request_of(args)
     if said:
         machine = replace(machine, cores=args.cores or said.threads or machine.cores)
@@ -55,6 +56,7 @@ def cmd_plan(args: argparse.Namespace) -> None:
         if args.json:
             print_json(no_plan(model, machine, str(error)))
         raise
+    plan = replace(plan, warnings=(*filter(None, [found]), *plan.warnings))
     if said:
         refused = (f"llama.cpp refuses this line: {why}" for why in said.refused)
         plan = replace(plan, warnings=(*refused, *plan.warnings, *said.remarks))
@@ -128,9 +130,14 @@ def model_called(name: str | None, quant: str | None) -> Model:
     return replace(model, remarks=(*model.remarks, remark))
 
 
-def machine_of(args: argparse.Namespace) -> Machine:
-    """The machine of --hardware, changed by what the other flags say. A card is asked for by --vram above 0."""
-    machine = machine_called(args.hardware or DEFAULT_HARDWARE)
+def machine_of(args: argparse.Namespace) -> tuple[Machine, str]:
+    """The machine of --hardware, or this one and a sentence about it, changed by what the other flags say."""
+    machine, found = (machine_called(args.hardware), "") if args.hardware else this_machine()
+    return changed_by(args, machine), found
+
+
+def changed_by(args: argparse.Namespace, machine: Machine) -> Machine:
+    """A card is asked for by --vram above 0."""
     changed = {"ram_bytes": args.ram and int(args.ram * GB), "ram_bandwidth": args.ram_bw and args.ram_bw * GB,
                "cores": args.cores}  # fmt: skip
     machine = replace(machine, **{name: value for name, value in changed.items() if value})

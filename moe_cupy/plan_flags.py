@@ -9,7 +9,6 @@ from moe_cupy.plan.flag_table import ON_OFF
 from moe_cupy.plan.tables import ENGINES, KV_TYPES, PlanError
 from moe_ref.command import add_model, decimal, number
 
-DEFAULT_HARDWARE = "rtx5080-128g"
 MOST_GB = 1e6  # of memory, and of its bandwidth a second
 SUMMARY = "Where every tensor goes, how fast it will be and why, what would help, and the equivalent commands."
 
@@ -52,7 +51,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         type=on_or_off,
         choices=["on", "off"],
         default="on",
-        help="choose what is not given (default on)",
+        help="choose the places that are not given (default on)",
     )
     add(
         "-fitt",
@@ -85,7 +84,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _add_machine(group: Any) -> None:
     add = group.add_argument
-    add("--hardware", default=None, help=f"machine, GPU or profile.toml (default {DEFAULT_HARDWARE})")
+    add("--hardware", default=None, metavar="NAME",
+        help="a machine or GPU of the table, or a profile.toml (default: this machine)")  # fmt: skip
     add("--vram", type=decimal(0, MOST_GB), metavar="GIB", help="memory of the GPU; 0: no GPU")
     add("--ram", type=decimal(0.001, MOST_GB), metavar="GB", help="host memory")
     add("--ram-bw", type=decimal(0.001, MOST_GB), metavar="GB/S", help="its bandwidth")

@@ -28,7 +28,8 @@ from moe_cupy.lab.trace import RouteTrace
 from moe_cupy.plan.cost import stops, waiting
 from moe_cupy.plan.shapes import Model, from_file
 from moe_cupy.plan.tables import PlanError, table
-from moe_ref.command import check_writable, note, whole_file
+from moe_ref.command import check_writable, whole_file
+from moe_ref.console import note, with_progress
 from moe_ref.interrupts import undoing
 from moe_ref.split import open_model
 
@@ -133,8 +134,10 @@ def undisturbed(tiny: Path, large: Path, threads: int, act: str) -> dict[str, An
 def measure_with(tiny: Path, large: Path, threads: int, act: str) -> dict[str, Any]:
     """Seconds a layer, GB/s of weights from memory and of experts from disk, and of the row kernels by format."""
     kinds = (tiny, "100%", False), (large, "100%", False), (large, "100%", True), (large, f"slots:{2 * USED}", False)
-    rounds = [[decode(path, cache, threads, act, watched) for path, cache, watched in kinds] for _ in range(3)]
-    small, resident, watched, missing = (min(runs, key=lambda run: run.seconds) for runs in zip(*rounds, strict=True))
+    times = 3
+    runs = (decode(path, cache, threads, act, watched) for path, cache, watched in kinds * times)
+    done = list(with_progress(runs, f"--act {act} -t {threads}", len(kinds) * times))
+    small, resident, watched, missing = (min(done[i :: len(kinds)], key=lambda run: run.seconds) for i in range(4))
     layers = resident.model.layers
     stop_s = max(0.0, (watched.seconds - resident.seconds) / layers)
     # Two equations for the seconds of a layer and of a byte, both resident:

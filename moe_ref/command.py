@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import errno
 import io
-import json
 import os
 import re
 import sys
@@ -20,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from moe_ref.common_flags import complete
+from moe_ref.console import Settings, note, warn
 from moe_ref.interrupts import EXIT_CODE, open_standard_streams, undoing
 
 LARGEST = 10**12  # whole number of a flag, where nothing smaller bounds it
@@ -32,7 +33,9 @@ class RequestError(ValueError):
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse ``argv`` and call its ``run``; a mistake becomes one line on stderr and exit code 2, failed work 1."""
     open_standard_streams()
+    complete(parser)
     args = parser.parse_args(argv)
+    Settings.quiet = getattr(args, "quiet", False)
     if getattr(args, "model", "") is None:
         return _complain("no model: give a GGUF file, as MODEL or -m MODEL", 2)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character of the text shows a "?"
@@ -41,7 +44,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         _refuse_broken_text(args)
         _refuse_own_input(args)
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+            warnings.showwarning = lambda message, *_: warn(str(message))
             code = args.run(args) or 0
         sys.stdout.flush()  # so that a full disk is told, and not lost at the end of the interpreter
         return code
@@ -90,16 +93,6 @@ def _refuse_own_input(args: argparse.Namespace) -> None:
 def _complain(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
-
-
-def print_json(value: Any) -> None:
-    """One JSON object as one line on stdout (the last, by contract)."""
-    print(json.dumps(value), flush=True)
-
-
-def note(message: str) -> None:
-    """Progress and remarks go to stderr."""
-    print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -184,13 +177,22 @@ def token_list(text: str) -> list[int]:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file, newlines untouched; raises RequestError where it cannot be read."""
+    """A UTF-8 file, ``-`` standard input, newlines untouched; raises RequestError where it cannot be read."""
+    named = "standard input" if path == "-" else path
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return _bytes_of(path).decode("utf-8")
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from error
+        raise RequestError(f"{named}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+        raise RequestError(f"{named}: is not UTF-8 text (byte {error.start})") from error
+
+
+def _bytes_of(path: str) -> bytes:
+    if path != "-":
+        return Path(path).read_bytes()
+    if sys.stdin.isatty():
+        note("reading standard input; Ctrl-D ends it")
+    return sys.stdin.buffer.read()
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -236,10 +238,20 @@ class _Model(argparse.Action):
         namespace.model = values
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model, as the first argument or as -m, whichever a person types."""
-    parser.add_argument("model_argument", metavar="MODEL", nargs="?", action=_Model, help="GGUF file")
-    parser.add_argument("-m", "--model", action=_Model, metavar="MODEL", help="the GGUF file, as in llama.cpp")
+class _Models(argparse.Action):
+    """Collects models from their place and from each -m, several with commas between; a file may have commas too."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if values is not None:
+            named = [values] if os.path.exists(values) else values.split(",")
+            namespace.model = [*(getattr(namespace, "model", None) or []), *named]
+
+
+def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The model, as the first argument or as -m, whichever a person types; ``several``: a list of models."""
+    kind, more = (_Models, "; several with commas between, or -m again") if several else (_Model, "")
+    parser.add_argument("model_argument", metavar="MODEL", nargs="?", action=kind, help="GGUF file")
+    parser.add_argument("-m", "--model", action=kind, metavar="MODEL", help=f"the GGUF file, as in llama.cpp{more}")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -250,16 +262,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=0.95, metavar="P", help="keep this much probability")
     add("--min-p", type=float, default=0.05, metavar="P", help="drop below this share of the best")
     add("-s", "--seed", type=int, default=-1, metavar="N", help="-1 takes a new one each run (default)")
-
-
-def sampler_of(args: argparse.Namespace) -> Any:
-    """The Sampler that the flags of ``add_sampling`` describe. Raises RequestError, which names the flag."""
-    from moe_ref.sampling import Sampler, SamplingError
-
-    try:
-        return Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
-    except SamplingError as error:
-        raise RequestError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def add_rounding(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +278,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompt and length")
     group = prompt.add_mutually_exclusive_group(required=True)
     group.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue")
-    group.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    group.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file; - is standard input")
     add = prompt.add_argument
     add("-n", "--predict", "--n-predict", type=number(-1), default=-1, metavar="N", help="tokens; -1 until it ends")
     add("-cnv", "--conversation", action="store_true", help="send the prompt as a chat message")

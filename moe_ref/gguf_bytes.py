@@ -134,7 +134,7 @@ class Source:
             status = os.fstat(self.file.fileno())
         except (OSError, ValueError, TypeError) as error:
             found = getattr(error, "strerror", None) or error
-            raise _fault(path, "file", found, "a readable GGUF file", "check the path") from error
+            raise GGUFError(f"{path}: cannot be opened as a GGUF file: {found}; check the path") from error
         self.size, self._lock = status.st_size, threading.Lock()
         if not stat.S_ISREG(status.st_mode):
             self.file.close()

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from moe_ref.common_flags import is_completing
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Flags in the order of their groups, each with its default."""
@@ -73,6 +75,8 @@ class Parser(argparse.ArgumentParser):
             end = next((j for j in range(i + 1, len(words)) if re.match(r"-\D", words[j])), len(words))
             return [flag, *words[i + 1 : end]], end
         if i + 1 == len(words):
+            if is_completing():  # the shell asks for the values that are possible
+                return [flag], i + 1
             self.error(f"{flag}: expected a value behind it")
         return [f"{flag}={words[i + 1]}"], i + 2
 

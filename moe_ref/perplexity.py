@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from moe_ref.command import print_json
+from moe_ref.console import print_json
 from moe_ref.finite import NonFiniteError
 
 
@@ -55,11 +54,3 @@ def report(result: dict[str, float], as_json: bool) -> None:
         print_json(result)
     else:
         print(f"perplexity {result['ppl']:.4f} = exp({result['nll']:.5f} nats) over {result['tokens']} tokens")
-
-
-def progress(chunks: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield chunks, counting them on stderr."""
-    for i, tokens in enumerate(chunks):
-        print(f"\rchunk {i + 1}/{len(chunks)}", end="", file=sys.stderr, flush=True)
-        yield tokens
-    print(file=sys.stderr)

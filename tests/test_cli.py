@@ -97,12 +97,12 @@ def test_generate_and_run_write_the_same_greedy_text(capsys):
     assert set(contract.split()) | {"policy", "prefetch", "device", "avg_ts", "model_filename"} <= set(got)
 
 
-def test_text_streams_before_the_report(capsys):
+def test_text_alone_is_on_stdout_and_the_report_on_stderr(capsys):
     assert cupy_main(["run", "-m", MODEL, "-p", "The king", "-n", "5", "--cache", "25%"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("The king")
+    said = capsys.readouterr()
+    assert said.out.startswith("The king") and said.out.count("\n") == 1
     for word in ("experts resident", "hit rate", "read per token", "stall per token", "tok/s"):
-        assert word in out
+        assert word in said.err and word not in said.out
 
 
 def test_tokenize_counts_the_held_out_text(capsys):

@@ -40,7 +40,7 @@ def test_the_base_install_runs_the_host_device():
 
 
 def test_the_extras_are_there():
-    assert set(EXTRAS) == {"cuda12", "cuda13", "cuda-gates", "notebooks", "dev"}
+    assert set(EXTRAS) == {"cuda12", "cuda13", "cuda-gates", "completion", "notebooks", "dev"}
     assert names(EXTRAS["cuda12"]) == {"cupy-cuda12x"}
     assert names(EXTRAS["cuda13"]) == {"cupy-cuda13x"}
     assert names(EXTRAS["notebooks"]) >= {"jupyterlab", "ipykernel", "ipywidgets", "matplotlib", "nbclient", "gguf"}

@@ -21,6 +21,7 @@ from moe_cupy.device.discrete import ARENA, DiscreteDevice, as_bytes
 from moe_cupy.device.threads import ThreadQueue
 from moe_cupy.kernels.cuda import sources
 from moe_cupy.kernels.cuda.launches import Launch
+from moe_cupy.kernels.first_use import first_use
 
 SCALARS: dict[str, Callable[[Any], Any]] = {"int": np.int32, "long long": np.int64, "float": np.float32}
 NULL = np.uint64(0)
@@ -153,7 +154,7 @@ class CudaDevice(DiscreteDevice):
         return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 
     def run(self, launch: Launch, stream: Any) -> None:
-        kernel, kinds = self._kernels.get(launch.kernel) or self._compiled(launch.kernel)
+        kernel, kinds = self._kernels.get(launch.kernel) or self._first_used(launch.kernel)
         args = tuple(map(_argument, kinds, launch.args))
         with stream.raw:
             kernel(launch.grid, (launch.block, 1, 1), args, shared_mem=launch.shared_bytes)
@@ -212,6 +213,10 @@ class CudaDevice(DiscreteDevice):
         """Wait until a stream is idle, whether what it did went well or not."""
         with suppress(self._runtime.CUDARuntimeError):  # whoever waited for the work was told
             stream.raw.synchronize()
+
+    def _first_used(self, name: str) -> tuple[Any, list[str]]:
+        with first_use():
+            return self._compiled(name)
 
     def _compiled(self, name: str) -> tuple[Any, list[str]]:
         """A kernel and the kinds of its parameters; compiles its file for this GPU. Raises DeviceError."""

@@ -64,8 +64,9 @@ class Counted:
     def _stalled(self) -> float:
         return sum(device.stalls().get(WAIT_EXPERTS, 0.0) for device in self.split.devices.values())
 
-    def _count(self, tokens: int, seconds: float, is_prompt: bool) -> None:
-        s = self._stats
+    def _count(self, tokens: int, seconds: float, once: float, is_prompt: bool) -> None:
+        """``seconds`` that a pass took, ``once`` of them for kernels that were used for the first time."""
+        s, seconds = replace(self._stats, warmup_seconds=self._stats.warmup_seconds + once), seconds - once
         if is_prompt:
             self._stats = replace(s, prompt_tokens=s.prompt_tokens + tokens, prompt_seconds=s.prompt_seconds + seconds)
         else:

@@ -19,6 +19,7 @@ from moe_cupy.engine.choosing import Offer, deciding
 from moe_cupy.engine.counting import Counted
 from moe_cupy.engine.driven import DrivenForward, place_driven
 from moe_cupy.engine.experts import ExpertMover
+from moe_cupy.engine.feeding import in_steps
 from moe_cupy.engine.forward import Forward
 from moe_cupy.engine.kv import DeviceKV
 from moe_cupy.engine.nonfinite import explain, is_finite
@@ -28,6 +29,7 @@ from moe_cupy.engine.spelling import python_names
 from moe_cupy.engine.split import idle_threads, second_device, split_model, without_effect
 from moe_cupy.engine.two_devices import TwoDevices
 from moe_cupy.engine.weights import check_formats, load_dense
+from moe_cupy.kernels.first_use import FirstUse
 from moe_cupy.plan.rules import Override
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.store import expert_layout
@@ -169,8 +171,8 @@ class Engine(Counted):
     def _continued(self, ids: np.ndarray, max_tokens: int, sampler: Sampler, stop: Collection[int]) -> Iterator[int]:
         self.reset()
         mine, count, fed = self._sequences, 0, self._checked(ids)
-        for i in range(0, len(fed), self._step):
-            offer = self._offer(fed[i : i + self._step], sampler, is_prompt=True)
+        for piece in self._steps(fed):
+            offer = self._offer(piece, sampler, is_prompt=True)
         while count != max_tokens and (token := offer.taken(sampler)) not in stop:
             self._count_generated()
             yield token
@@ -189,16 +191,12 @@ class Engine(Counted):
         (2, 4096)
         """
         self.reset()
-        ids = self._checked(tokens)
-        step = self._step
-        return np.concatenate([self._timed(ids[i : i + step], False, True) for i in range(0, len(ids), step)])
+        return np.concatenate([self._timed(ids, False, True) for ids in self._steps(self._checked(tokens))])
 
     def prefill(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Feed ``tokens`` [T] after what was fed before; logits [vocab] of the last."""
-        ids = self._checked(tokens)
-        step = self._step
-        for i in range(0, len(ids), step):
-            logits = self._timed(ids[i : i + step], True, True)
+        for ids in self._steps(self._checked(tokens)):
+            logits = self._timed(ids, True, True)
         return logits[-1]
 
     def decode(self, token: int) -> np.ndarray:
@@ -241,11 +239,6 @@ class Engine(Counted):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.file.metadata)
         return self._tokenizer
-
-    @property
-    def _step(self) -> int:
-        """Prompt tokens at a time."""
-        return self.options.ubatch_size
 
     def close(self) -> None:
         """End all threads and close the file; idempotent."""
@@ -295,8 +288,11 @@ class Engine(Counted):
             )
         return ids
 
+    def _steps(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        return in_steps(ids, self.options.ubatch_size, self.forward, self.options.progress)
+
     def _offer(self, ids: np.ndarray, sampler: Sampler, is_prompt: bool) -> Offer:
-        """Feed ``ids`` [T], at most ``_step``; a device with memory of its own finds the logits that count."""
+        """Feed ``ids`` [T], at most ubatch_size; a device with memory of its own finds the logits that count."""
         count = 0 if self.device.is_unified else deciding(sampler, self.config.vocab_size)
         if not count:
             return Offer(self._timed(ids, True, is_prompt)[-1])
@@ -305,7 +301,7 @@ class Engine(Counted):
     def _timed(self, ids: np.ndarray, last_only: bool, is_prompt: bool, run: Callable[..., Any] | None = None) -> Any:
         """One pass; on any failure the pipeline is emptied first, so that the engine stays usable."""
         with self._used_alone():
-            start = time.perf_counter()
+            start, once = time.perf_counter(), FirstUse.seconds
             try:
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # looked for in the logits
                     logits = run(ids, self.kv) if run else self.forward(ids, self.kv, last_only)
@@ -315,15 +311,14 @@ class Engine(Counted):
                 self._recover()
                 raise
             self.kv.advance(len(ids))
-            self._count(len(ids), time.perf_counter() - start, is_prompt)
+            self._count(len(ids), time.perf_counter() - start, FirstUse.seconds - once, is_prompt)
             return logits
 
     def _explained(self, ids: np.ndarray) -> NonFiniteError:
         """The error for a pass over ``ids`` [T] whose logits are not finite."""
-        forward = self.forward
-        forwards = list(forward.halves.values()) if isinstance(forward, TwoDevices) else [forward]
-        weights = Weights(self.file, keep_bytes=0, views=self.views)
-        return explain(forwards, lambda: forward(ids, self.kv), weights, ids, self.options.act)
+        run, weights = self.forward, Weights(self.file, keep_bytes=0, views=self.views)
+        forwards = list(run.halves.values()) if isinstance(run, TwoDevices) else [run]
+        return explain(forwards, lambda: run(ids, self.kv), weights, ids, self.options.act)
 
     @contextmanager
     def _used_alone(self) -> Iterator[None]:

@@ -46,6 +46,9 @@ def side_by_side(columns: Sequence[tuple[str, Stats]]) -> str:
     if any(stats.cpu_experts for _, stats in columns):
         for row, (_, s) in zip(rows, columns, strict=True):
             row.append(("experts by the CPU", f"{s.cpu_experts} ({s.cpu_misses} read from the file first)"))
+    if any(stats.warmup_seconds >= 0.005 for _, stats in columns):
+        for row, (_, s) in zip(rows, columns, strict=True):
+            row.append(("kernels loaded", f"in {s.warmup_seconds:.2f} s at their first use, not part of the speeds"))
     cells = [["", *(heading for heading, _ in columns)]] if any(heading for heading, _ in columns) else []
     cells += [[name, *(row[i][1] for row in rows)] for i, (name, _) in enumerate(rows[0])]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]

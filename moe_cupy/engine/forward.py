@@ -78,6 +78,7 @@ class Forward:
         self.mover, self.prefetcher = mover, prefetcher
         self.stream = device.stream("compute")
         self.observe: RouteObserver | None = None
+        self.progress: Callable[[int], object] | None = None  # given the number of tokens that passed a layer
         self._launch: Callable[..., None] = partial(device.launch, stream=self.stream)
         self._decode_scratch = Scratch(device, self.stream, stays=True)
         self._again: Recorder | Unrecorded = Recorder(device, self.stream)
@@ -150,6 +151,8 @@ class Forward:
             self._again("dense", block, networks.dense)
         if "layer_output_scale" in block.weights.scales:
             self._again("scale", block, _scaled)
+        if self.progress is not None:
+            self.progress(len(block.run.x))
 
     def _begin(self, tokens: np.ndarray, kv: Any) -> Pass:
         """The residual stream as it begins, and what depends on positions alone, sent to the device."""

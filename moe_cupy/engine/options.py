@@ -59,7 +59,7 @@ class Options:
     decode: str = "host"  # who decides what is loaded: host (any policy) or device (some, a token is one graph)
     n_gpu_layers: str | int | None = None  # llama.cpp's -ngl: the last N layers, the output counted as one
     overrides: str | Sequence[Override] = ()  # its -ot "exps=CPU", or the planner's rules, --cpu-moe's among them
-    progress: bool = False  # show on stderr how far loading is
+    progress: bool = False  # show on stderr how far loading and prompts are, where they take long
 
     def __post_init__(self) -> None:
         with python_names():

@@ -34,6 +34,7 @@ class Stats:
     decode: str = "host"  # who decided what is loaded; of what the device decides, the stall is not known
     cpu_experts: int = 0  # experts that the CPU computed beside a device with memory of its own; not among the hits
     cpu_misses: int = 0  # of those, not in memory: read from the file first
+    warmup_seconds: float = 0.0  # kernels compiled, or read from disk, at their first use; not in the seconds above
 
     @property
     def tokens(self) -> int:

@@ -144,8 +144,9 @@ class TwoDevices:
     """A ``Forward`` for a divided model. What is given are arguments of both halves but for device and mover."""
 
     def __init__(self, split: Split, movers: dict[str, Any], config: Any, weights: Any, prefetcher: Any):
-        self.split = split
+        self.split, self.config = split, config
         self.halves = {at: Half(at, split, config, weights, movers.get(at), prefetcher) for at in (GPU, CPU)}
+        self.progress: Callable[[int], object] | None = None
         self.halves[GPU].other, self.halves[CPU].other = self.halves[CPU], self.halves[GPU]
 
     @property
@@ -186,6 +187,8 @@ class TwoDevices:
                 at = self._moved(at.other)
             if index < len(self.split.experts):
                 at.layer(index)
+                if self.progress is not None:
+                    self.progress(len(tokens))
         return at
 
     def _moved(self, to: Half) -> Half:

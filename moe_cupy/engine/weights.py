@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.plan.rules import CPU
 from moe_cupy.store import MATRICES
 from moe_ref.config import ModelConfig
+from moe_ref.console import with_progress
 from moe_ref.finite import FILE_IS_DAMAGED, check_finite
 from moe_ref.gguf import GGUFFile
 from moe_ref.layers import Layer
@@ -207,19 +208,12 @@ def check_formats(c: ModelConfig, views: Views, split: Split) -> None:
             )
 
 
-def _told(layers: Sequence[Layer]) -> Iterable[Layer]:
-    """The same; shows on stderr how far they are."""
-    from tqdm import tqdm  # here, for gpu-check runs from a source tree with numpy, numba and CuPy
-
-    return tqdm(layers, "loading dense part", unit="layer", leave=False)
-
-
 def load_dense(split: Split, file: GGUFFile, config: ModelConfig, views: Views, progress: bool = False) -> DenseWeights:
     """Copy the dense tensors of a checked file to their devices.
 
     Raises GGUFError if the file cannot be read, NonFiniteError where a vector holds a number that is not finite.
     """
-    layers = _told(config.layers) if progress else config.layers
+    layers = with_progress(config.layers, "loading the dense part", len(config.layers)) if progress else config.layers
     up = _Uploader(split, file, views)
     token_embd = up.matrix("token_embd.weight")
     output_norm, output = up.norm("output_norm"), up.output(token_embd)

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from moe_cupy.plan.choose import best_static
 from moe_cupy.plan.cost import NEVER
+from moe_cupy.plan.own_command import own_words
 from moe_cupy.plan.planner import Plan
 from moe_cupy.plan.rules import CPU, DENSE_FFN, EXPERTS, Override
-from moe_cupy.plan.tables import DoesNotFit
+from moe_cupy.plan.tables import OWN, DoesNotFit
 
 SAFE_ON_WINDOWS = re.compile(r"[A-Za-z0-9_./:\\=@+-]+")
 
@@ -34,6 +35,8 @@ def command(plan: Plan, engine: str, windows: bool = False) -> str:
     """The command that comes nearest to the plan; for ktransformers its YAML rules with the command above them."""
     if engine == "ktransformers":
         return ktransformers(plan, windows)
+    if engine == OWN:
+        return quote(own_words(plan, model_file(plan), placement_words(plan, "llama.cpp")), windows)
     words = ["llama-server.exe" if windows else "llama-server", *(plan.model.repository or ("-m", model_file(plan)))]
     ngl = plan.ngl + (plan.model.layers_behind if plan.ngl > 1 else 0)  # the last layers of a file count first
     words += ["-ngl", str(min(ngl, 99) if plan.ngl <= plan.model.layers else 99), *placement_words(plan, engine)]

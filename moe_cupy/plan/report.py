@@ -14,7 +14,7 @@ from moe_cupy.plan.hardware import Machine
 from moe_cupy.plan.planner import READ, WRITTEN, Plan
 from moe_cupy.plan.rules import CPU
 from moe_cupy.plan.shapes import Model, types_held
-from moe_cupy.plan.tables import ENGINES
+from moe_cupy.plan.tables import ENGINES, OWN
 
 PLACES = {CPU: "RAM", "CUDA0": "VRAM"}
 
@@ -27,7 +27,7 @@ def as_json(plan: Plan, windows: bool = False) -> dict[str, Any]:
         "ram_bytes": plan.ram_bytes, "disk_bytes": plan.disk_bytes, "cache_slots": plan.cache_slots,
         "cache_bytes": plan.cache_bytes, "hit_rate": plan.hit_rate,
         "types": types_held(plan.model.tensors), "tensors": tensor_rows(plan),
-        "commands": {engine: command(plan, engine, windows) for engine in ENGINES[:2]},
+        "commands": {engine: command(plan, engine, windows) for engine in ENGINES[:3]},
         "warnings": [*filter(None, [plan.too_full]), *plan.warnings], "turn_s": plan.turn_s,
         "ctx": plan.settings.ctx, "n_cpu_moe": plan.n_cpu_moe, "ngl": plan.ngl,
         "offload_threshold": offload_threshold(plan.model, plan.request.engine, plan.request.threshold),
@@ -83,11 +83,13 @@ def machine_line(machine: Machine) -> str:
             f"({machine.ram_kind}); disk {machine.disk_read / 1e9:.1f} GB/s")  # fmt: skip
 
 
-def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engines: Iterable[str] = ENGINES[:2],
+def text(plan: Plan, advice: Sequence[Advice] = (), explain: bool = False, engines: Iterable[str] = ENGINES[1:3],
          windows: bool = False) -> str:  # fmt: skip
     """The plan as lines."""
     lines = [*what_lines(plan), "", *plan.steps, *memory_lines(plan), *(memory_formulas(plan) if explain else ()), ""]
     lines += [*speed_lines(plan, explain), "", *advice_lines(plan, advice)]
+    if not plan.too_full:
+        lines += [f"\n{OWN}:\n  {command(plan, OWN, windows)}"]
     if plan.cache_slots and plan.machine.gpu:
         still = without_cache(plan)
         lines += ["", f"without a cache, as the commands below: {still.decode_tok_s:.1f} tok/s predicted, prompts "

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")  # of llama.cpp's cache
-ENGINES = ("llama.cpp", "ik_llama.cpp", "ktransformers")  # whose commands are written
+OWN = "moe-cupy"
+ENGINES = (OWN, "llama.cpp", "ik_llama.cpp", "ktransformers")  # whose commands are written
 DATA = Path(__file__).parent / "data"
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_cupy.device.host import usable_cores
 from moe_cupy.engine import Engine
 from moe_cupy.engine.stats import Stats
 from moe_cupy.plan.rules import CPU
@@ -24,7 +23,7 @@ from moe_ref.inspect import describe
 
 COUNTED = ("prompt_tokens", "prompt_seconds", "generated_tokens", "decoded_tokens", "decoded_seconds", "hits", "misses",
            "late", "evictions", "bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_us", "host_hits",
-           "host_misses", "cpu_experts", "cpu_misses")  # fmt: skip
+           "host_misses", "cpu_experts", "cpu_misses", "warmup_seconds")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,41 +164,3 @@ def engine_fields(stats: Stats) -> dict[str, Any]:
 
 def _deviation(samples: Sequence[float]) -> float:
     return statistics.stdev(samples) if len(samples) > 1 else 0.0
-
-
-def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """llama-bench's table with cache columns; which columns are aligned how is Markdown's business."""
-    head = ["model", "size", "params", "backend", "threads", "cache", "policy", "prefetch", "test", "t/s", "hit rate",
-            "MiB/token", "stall ms/token"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- "] * len(head)) + "|"]
-    for r in records:
-        tokens = max(1, r["prompt_tokens"] + r["decoded_tokens"])
-        cells = [
-            r["model_type"],
-            f"{r['model_size'] / 2**20:.2f} MiB",
-            f"{r['model_n_params'] / 1e6:.2f} M",
-            r["backends"],
-            str(r["n_threads"]),
-            f"{r['cache_slots']} slots, {r['cache_bytes'] / 2**20:.0f} MiB",
-            r["policy"],
-            r["prefetch"],
-            Test(r["n_prompt"], r["n_gen"], r["n_depth"]).name,
-            f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
-            f"{r['hit_rate']:.3f}" if r["hits"] + r["misses"] else "-",
-            f"{r['bytes_per_token'] / 2**20:.2f}",
-            "not known" if r["decode"] == "device" and r["n_gen"] else f"{r['stall_us'] / 1000 / tokens:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _footer(records)])
-
-
-def _footer(records: Sequence[dict[str, Any]]) -> str:
-    """In which state the caches were, and on what machine."""
-    if not records:
-        return ""
-    first = records[0]
-    warm = "warm: each repetition finds the experts that the one before left"
-    cold = "cold: no expert is resident at the start of a repetition"
-    how = first["direct_io"] or "no routed experts"
-    page = "" if "O_DIRECT" in how or not first["experts"] else "; the system's page cache may hold the file"
-    return f"{warm if first['warm'] else cold}; {how}{page}; {cpu_name()}, {usable_cores()} cores"

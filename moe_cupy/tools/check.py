@@ -14,6 +14,8 @@ from moe_cupy.kernels.cases import Case, all_cases
 from moe_cupy.kernels.host.matmul import SUPPORTED
 from moe_cupy.kernels.matrix import Matrix
 from moe_cupy.kernels.table import OPS
+from moe_ref.console import with_progress
+from moe_ref.generation import shown_logits
 from moe_ref.model import Model
 
 FINER = 1.2  # blocks of 32 change at most so many times what llama.cpp's CPU kernels change by blocks of 32 to 256
@@ -103,7 +105,8 @@ def _ratio(got: np.ndarray, want: np.ndarray, allowed: np.ndarray | float) -> fl
 def check_ops(device: Device, formats: tuple[str, ...] = SUPPORTED, seed: int = 0) -> Iterator[Outcome]:
     """One outcome an op, over all cases and formats."""
     rows: dict[str, list[tuple[float, str]]] = defaultdict(list)
-    for case in all_cases(formats, seed):
+    cases = list(all_cases(formats, seed))
+    for case in with_progress(cases, "kernels", len(cases)):
         rows[case.op].append((error_over_tolerance(case, device), case.label))
     for op, results in rows.items():
         worst, where = max(results)
@@ -125,7 +128,7 @@ def check_model(engine: Any, tokens: np.ndarray) -> Iterator[Outcome]:
     engine.reset()
     steps = np.stack([engine.decode(int(token)).copy() for token in tokens])
     if engine.options.act == "f32":
-        want = Model(engine.file).logits(tokens)
+        want = shown_logits(Model(engine.file), tokens)
         yield compare_logits("model, one pass", got, want)
         yield compare_logits("model, by token", steps, want)
     else:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numba import njit
 
+from moe_cupy.kernels.first_use import first_use
 from moe_cupy.kernels.host import jobs as j
 from moe_cupy.kernels.host.pieces import list_rounding
 from moe_cupy.kernels.host.rounding import KINDS, PLAIN, Q8_K_BY_FOURS, Q8_K_BY_HALVES, new_panel
@@ -46,8 +47,9 @@ def rounding(kind: str) -> int:
 def template(kind: str, rows: int, cols: int, act: str) -> np.ndarray:
     """A job int64 [JOB] but for its addresses and vectors. Compiles the kernels at first use."""
     job, (at_once, _, of_panel) = np.zeros(j.JOB, np.int64), sizes(kind)
-    for size in range(chosen().columns.bit_length()):
-        job[j.KERNEL + size] = rows_address(kind, 1 << size)
+    with first_use():
+        for size in range(chosen().columns.bit_length()):
+            job[j.KERNEL + size] = rows_address(kind, 1 << size)
     job[j.ROW_BYTES], job[j.BLOCKS] = BY_NAME[kind].row_bytes(cols), cols // max(32, BY_NAME[kind].block_elements)
     job[j.ROWS], job[j.COLS] = rows, cols
     job[j.ROUNDING] = rounding(kind) if act == "q8" else PLAIN

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_ref.command import RequestError, check_writable, note
+from moe_ref.command import RequestError, check_writable
+from moe_ref.console import note
 
 
 def cmd_gpu_check(args: argparse.Namespace) -> int:
-    """Kernels, models, copies and rates on this GPU: one JSON file and one page, in under eight minutes."""
+    """Test kernels, models, copies and speeds on this GPU in under eight minutes; write a JSON file and a page."""
     from moe_cupy.device import DeviceError, missing_for_cuda, open_device
     from moe_cupy.tools.gpu_check import page, runner
     from moe_cupy.tools.gpu_check.sections import SECTIONS
@@ -41,7 +42,7 @@ def add_gpu_check(command: Callable[..., argparse.ArgumentParser]) -> None:
     parser: Any = command("gpu-check", cmd_gpu_check, engine=False)
     add = parser.add_argument
     add("--backend", choices=["cuda", "emulated"], default="cuda", help="where to run (default cuda)")
-    add("-o", "--output", default="gpu-check", help="what to write, less .json and .md (default gpu-check)")
+    add("-o", "--output", default="gpu-check", help="files to write, without .json and .md (default gpu-check)")
     add("--only", type=lambda text: text.split(","), help="these sections, separated by commas (default: all)")
     add("--write", metavar="PAGE", help="replace the kernels' table between the marks of this page")
     add("--few", action="store_true", help="kernels of a few formats only")
