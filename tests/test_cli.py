@@ -396,20 +396,6 @@ def test_interrupting_a_run_ends_it_without_a_traceback():
     assert b"Traceback" not in errors
 
 
-def test_an_interrupt_while_modules_load_is_no_traceback(monkeypatch, capsys):
-    from moe_cupy.__main__ import main
-
-    class Interrupted:
-        def find_spec(self, name, *_):
-            if name == "moe_cupy.cli":
-                raise KeyboardInterrupt
-
-    monkeypatch.delitem(sys.modules, "moe_cupy.cli")
-    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-    assert main() == 130
-    assert capsys.readouterr().err == "\ninterrupted\n"
-
-
 def test_a_reader_that_goes_away_is_no_error_message():
     command = f"{shlex.join([sys.executable, '-m', 'moe_ref', 'inspect', MODEL])} | head -1"
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
