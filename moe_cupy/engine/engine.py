@@ -34,13 +34,11 @@ from moe_cupy.plan.rules import Override
 from moe_cupy.prefetch import PREFETCHERS
 from moe_cupy.store import expert_layout
 from moe_ref.config import load_config
-from moe_ref.finite import NonFiniteError
 from moe_ref.model import check_ids
 from moe_ref.sampling import Sampler
 from moe_ref.split import open_model
 from moe_ref.tensors import check_tensors, vocab_rows
 from moe_ref.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from moe_ref.weights import Weights
 
 
 class EngineError(RuntimeError):
@@ -306,19 +304,13 @@ class Engine(Counted):
                 with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # looked for in the logits
                     logits = run(ids, self.kv) if run else self.forward(ids, self.kv, last_only)
                     if not is_finite(logits.logits if isinstance(logits, Offer) else logits):
-                        raise self._explained(ids)
+                        raise explain(self, ids)
             except BaseException:
                 self._recover()
                 raise
             self.kv.advance(len(ids))
             self._count(len(ids), time.perf_counter() - start, FirstUse.seconds - once, is_prompt)
             return logits
-
-    def _explained(self, ids: np.ndarray) -> NonFiniteError:
-        """The error for a pass over ``ids`` [T] whose logits are not finite."""
-        run, weights = self.forward, Weights(self.file, keep_bytes=0, views=self.views)
-        forwards = list(run.halves.values()) if isinstance(run, TwoDevices) else [run]
-        return explain(forwards, lambda: run(ids, self.kv), weights, ids, self.options.act)
 
     @contextmanager
     def _used_alone(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ pass is run again, launch by launch, each result looked at; the weights of the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moe_cupy.engine.forward import Forward
+from moe_cupy.engine.two_devices import TwoDevices
 from moe_cupy.engine.weights import EXPERTS, DenseWeights
 from moe_cupy.kernels.kept import numbers_of
 from moe_cupy.kernels.table import OPS
@@ -33,19 +34,16 @@ def is_finite(logits: np.ndarray) -> bool:
         return bool(np.isfinite(logits.sum())) or bool(np.isfinite(logits).all())
 
 
-def explain(
-    forwards: Iterable[Forward], run: Callable[[], Any], weights: Weights, tokens: np.ndarray, act: str
-) -> NonFiniteError:
-    """What to raise for a pass over ``tokens`` [T] whose logits are not finite; ``run`` repeats it on ``forwards``.
-
-    ``weights`` reads tensors of the model's file by name, and refuses those that are not finite.
-    """
+def explain(engine: Any, tokens: np.ndarray) -> NonFiniteError:
+    """What to raise for an engine's pass over ``tokens`` [T] whose logits are not finite: the pass is repeated."""
+    weights = Weights(engine.file, keep_bytes=0, views=engine.views)  # refuses a tensor that is not finite
+    halves = engine.forward.halves.values() if isinstance(engine.forward, TwoDevices) else [engine.forward]
     try:
         weights.rows("token_embd.weight", np.unique(tokens))
         with ExitStack() as watching:
-            for forward in forwards:
-                watching.enter_context(forward.each_launch(partial(Probe, forward, weights, act)))
-            run()
+            for half in halves:
+                watching.enter_context(half.each_launch(partial(Probe, half, weights, engine.options.act)))
+            engine.forward(tokens, engine.kv)
     except NonFiniteError as found:
         return found
     return NonFiniteError(f"the logits of {len(tokens)} tokens are not finite (NaN or infinite); {OVERFLOW}")

@@ -37,8 +37,12 @@ def stored(new: np.ndarray, cache: np.ndarray) -> np.ndarray:
     return quantize(new, format_of(cache)).view(cache.dtype)
 
 
-def infinite_to_nan(rows: np.ndarray) -> None:
-    """Make NaN, in place, of what is not finite in rows of a cache: numbers, or the half-precision scales of blocks."""
+def store(rows: np.ndarray, new: np.ndarray) -> None:
+    """rows = new, rounded to the cache's type; rows [T, G, items of K], new float32 [T, G, K].
+
+    What is not finite, or too large for the type, is NaN there: a score of minus infinity would hide it.
+    """
+    rows[...] = stored(new, rows)
     if rows.dtype.kind == "f":
         rows += rows - rows
     elif rows.dtype == np.uint16:

@@ -10,7 +10,7 @@ import numpy as np
 from moe_cupy.kernels.host import attention as attending
 from moe_cupy.kernels.host import delta, layer, matmul, products, routing
 from moe_cupy.kernels.host.experts import MATRICES, run_experts
-from moe_cupy.kernels.kept import format_of, infinite_to_nan, numbers_in, stored
+from moe_cupy.kernels.kept import format_of, numbers_in, store
 from moe_cupy.kernels.matrix import Matrix
 from moe_ref.quants.activations import round_for
 
@@ -166,13 +166,8 @@ def hadamard(split: Split, x: np.ndarray, count: int) -> None:
 
 
 def kv_store(split: Split, cache: np.ndarray, new: np.ndarray, position: int) -> None:
-    """cache[position:position+T] = new, rounded to the cache's type; cache [S, G, items of K], new [T, G, K].
-
-    What is not finite, or too large for the type, is NaN there: a score of minus infinity would hide it.
-    """
-    rows = cache[position : position + len(new)]
-    rows[...] = stored(new, cache)
-    infinite_to_nan(rows)
+    """cache[position:position+T] = new, rounded to the cache's type; cache [S, G, items of K], new [T, G, K]."""
+    store(cache[position : position + len(new)], new)
 
 
 NATIVE = {np.dtype(np.float32): attending.F32, np.dtype(np.float16): attending.F16}  # what attention reads as it is
