@@ -96,7 +96,7 @@ def _add_machine(group: Any) -> None:
 def _add_request(group: Any) -> None:
     add = group.add_argument
     add("--quant", help="quantization of a preset, such as Q4_K_M")
-    add("-c", "--ctx-size", type=number(0), default=None, metavar="N", help="context; 0: the model's own")
+    add("-c", "--ctx-size", type=number(0, 10**12), default=None, metavar="N", help="context; 0: the model's own")
     add("-ub", "--ubatch-size", type=number(1), default=512, metavar="N", help="prompt tokens at a time")
     for letter, what in (("k", "keys"), ("v", "values")):
         add(f"-ct{letter}", f"--cache-type-{letter}", choices=KV_TYPES, default="f16", help=f"type of cached {what}")

@@ -19,7 +19,7 @@ NAMES = {
     **{f"--{name.replace('_', '-')}": name for name in SAME.split()},
 }  # fmt: skip
 # A flag, and its value where it ends there: "--decode device, where" but not "--cache of 3 bytes".
-VALUE = r"(?: ('[^']*'|[^\s:;,]+)(?=[:;,]| -|$))?"
+VALUE = r"(?: (?!(?:or|and|to)\b)('[^']*'|[^\s:;,]+)(?=[:;,]| -|$))?"
 FLAG = re.compile(rf"(?<![\w-])({'|'.join(sorted(NAMES, key=len, reverse=True))})(?![\w-]){VALUE}")
 LITERAL = re.compile(r"'[^']*'|True|False|None|nan|-?inf|-?\d+(\.\d+)?(e[+-]?\d+)?")
 _flags: ContextVar[bool] = ContextVar("flags", default=False)

@@ -81,7 +81,7 @@ class RangeFile:
         """Raise StoreError unless what was written to the file since it was opened is what was there before."""
         now = os.fstat(self._fd)
         if now.st_size != self.size:
-            found = f"has {now.st_size} bytes, {self.size} when it was opened"
+            found = f"ends at byte {now.st_size}, at {self.size} when it was opened"
             raise StoreError(f"{self.path}: {found}; was it truncated or replaced while open?")
         if self._sampled() != self._samples:
             raise StoreError(f"{self.path}: another file was written over it since it was opened; open the model again")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numba
@@ -132,9 +133,11 @@ def test_an_interrupt_ends_the_compilers_and_leaves_no_half_written_object(tmp_p
         return compilers[-1]
 
     monkeypatch.setattr(subprocess, "Popen", endless)
+    waiting, result = threading.Event(), Future.result
+    monkeypatch.setattr(Future, "result", lambda self, timeout=None: (waiting.set(), result(self, timeout))[1])
 
     def interrupt() -> None:
-        while not build._RUNNING:
+        while not (waiting.is_set() and build._RUNNING):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -114,7 +114,7 @@ def test_where_less_can_be_page_locked_the_host_tier_is_smaller_and_says_so(mode
 
 
 def test_too_little_gpu_memory_names_what_to_lower(model):
-    with pytest.raises(MemoryError, match=r"do not fit into GPU memory: .* lower --cache"):
+    with pytest.raises(MemoryError, match=r"do not fit into GPU memory: .* lower cache, ctx_size or"):
         Engine(model, _device=CudaDevice(Cupy(free=60_000)), cache="100%")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moe_cupy.lab.replay import replay
 from moe_cupy.store import StoreError
 from moe_cupy.tools.report import side_by_side
 from moe_ref.attention import softmax
+from moe_ref.finite import NonFiniteError
 from tests.models import Shape, tiny_moe
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here: the emulated device needs it")
@@ -256,7 +258,8 @@ def test_a_graph_with_stale_inputs_or_slots_is_seen(model, plant: Callable[[Engi
     with Engine(model, device="emulated", decode="device", policy="lru", cache="slots:4", ctx_size=64) as engine:
         engine.device.put(engine.forward._position, np.zeros(1, np.int32), engine.forward.stream)
         plant(engine)
-        assert not np.array_equal(stepped(engine, TOKENS), want)
+        with suppress(NonFiniteError):  # memory that nothing was brought to may hold anything
+            assert not np.array_equal(stepped(engine, TOKENS), want)
 
 
 def test_what_a_graph_cannot_hold_is_refused_while_it_is_made():

@@ -45,7 +45,15 @@ def launched_by_the_engine(tmp_path: Path) -> set[str]:
         device.close()
         seen |= device.bases()
     driven = [{"decode": "device", "policy": p, "prefetch": "next-gate", "cache": "slots:4"} for p in ("echo", "lru")]
-    for kind, options in (("f16", driven[0]), ("f16", driven[1]), ("f32", {}), ("f16", {}), ("q8_0", {})):
+    for kind, options in (
+        ("f16", driven[0]),
+        ("f16", driven[1]),
+        ("f32", {}),
+        ("f16", {}),
+        ("bf16", {}),
+        ("q8_0", {}),
+        ("q4_0", {}),
+    ):
         device, types = RecordingDevice(), {"cache_type_k": kind, "cache_type_v": kind}
         with Engine(tiny_moe(tmp_path / "m.gguf", ODD), _device=device, **types, **options) as engine:
             engine.logits(np.arange(40))

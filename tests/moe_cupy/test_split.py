@@ -28,7 +28,7 @@ from moe_ref.gguf import open_gguf
 from moe_ref.model import Model
 from moe_ref.quants import FormatError
 from tests.gguf_writer import write_gguf
-from tests.models import Shape, metadata, tensors, tiny_moe
+from tests.models import Shape, tiny_moe
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here: the emulated device needs it")
 
@@ -337,7 +337,8 @@ def table(text: str) -> dict[str, str]:
 
 def tables(capsys: Any, file: Path, out: Path, flags: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """What ``plan`` says, and what a run did, by name; the latter is made of what was sent to which device."""
-    assert main(["plan", str(file), "--tensors", "--mode", "static", *flags]) == 0
+    words = ["plan", str(file), "--tensors", "--mode", "static", "--hardware", "rtx5080-128g"]
+    assert main([*words, *flags]) == 0
     planned = table(capsys.readouterr().out)
     words = ["logits", str(file), "--tokens", "1,2", "-o", str(out), "--device", "emulated", "-v"]
     assert main([*words, *flags]) == 0
@@ -375,11 +376,13 @@ def test_the_bytes_on_each_side_are_those_of_the_file(options):
 
 
 def test_ngl_counts_a_layer_behind_the_trunk_as_llama_cpp_does(tmp_path):
-    """Of four layers the last predicts further tokens: -ngl 2 is the output and that one, -ngl 3 the first of ours."""
-    shape = Shape(layers=4, experts=8, used=2)
-    keys = metadata(shape) | {"qwen3moe.nextn_predict_layers": 1}
-    write_gguf(tmp_path / "m.gguf", keys, tensors(shape, 3))
-    for n, homes in ((1, (CPU, CPU, CPU, GPU)), (2, (CPU, CPU, CPU, GPU)), (3, (CPU, CPU, GPU, GPU))):
+    """Of three layers the last predicts further tokens: -ngl 2 is the output and that one, -ngl 3 the first of ours."""
+    with open_gguf(BUNDLED / "glm4moe.BF16.gguf") as file:
+        plain = {key: v if isinstance(v, str | int | float) else list(v) for key, v in file.metadata.items()}
+        keys = plain | {"glm4moe.nextn_predict_layers": 1}
+        made = {name: (t.type, t.shape, file.read(name).tobytes()) for name, t in file.tensors.items()}
+    write_gguf(tmp_path / "m.gguf", keys, made)
+    for n, homes in ((1, (CPU, CPU, GPU)), (2, (CPU, CPU, GPU)), (3, (CPU, GPU, GPU))):
         with Engine(tmp_path / "m.gguf", device="emulated", n_gpu_layers=n) as engine:
             assert engine.split.homes == homes
 

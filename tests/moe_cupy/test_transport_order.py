@@ -11,6 +11,7 @@ import itertools
 import random
 import shutil
 from collections import defaultdict
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moe_cupy.device.threads import ThreadEvent
 from moe_cupy.engine import Engine
 from moe_cupy.engine.transport import DEMAND, PREFETCH, Arrival, after_all
 from moe_cupy.kernels.cuda.launches import Launch
+from moe_ref.finite import NonFiniteError
 from tests.models import Shape, tiny_moe
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here: the emulated device needs it")
@@ -105,10 +107,12 @@ def watched(model: Path, order: Order, plant: Any = None, **options: Any) -> tup
         watch = Watch(engine)
         if plant is not None:
             plant(engine)
-        logits = engine.logits(TOKENS)
-        engine.reset()
-        for token in TOKENS[:4]:
-            engine.decode(int(token))
+        logits = np.empty(0)
+        with nullcontext() if plant is None else suppress(NonFiniteError):  # what was read too early may be anything
+            logits = engine.logits(TOKENS)
+            engine.reset()
+            for token in TOKENS[:4]:
+                engine.decode(int(token))
         return watch, logits
 
 

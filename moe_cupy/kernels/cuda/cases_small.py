@@ -111,17 +111,17 @@ def small_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
     logits, largest, ids = normal(rng, 4, 1000), unset(4), unset(4, dtype=np.int32)
     logits[0, [20, 700]], logits[1, 3], logits[2] = 9, np.nan, -np.inf
     last = logits[3].argmax()
-    best = Output(ids, np.array([20, 3, 0, last])), Output(largest, np.array([9, np.inf, -np.inf, logits[3, last]]))
+    best = Output(ids, np.array([20, 3, 0, last])), Output(largest, np.array([9, np.inf, np.inf, logits[3, last]]))
     yield Case("argmax", (launches.argmax(largest, ids, logits, block),), best)
     yield from top_k_cases(rng, block)
 
 
 def top_k_cases(rng: np.random.Generator, block: int) -> Iterator[Case]:
-    """Ties, NaN and minus infinity; one part, several with a short last one, and all numbers there are."""
+    """Ties, NaN and minus infinity (largest, both); one part, several with a short last one, all numbers there are."""
     for n, k, splits in ((333, 1, 3), (40, 8, 4), (30, 30, 1), (330, 64, 5)):
         logits = np.round(normal(rng, 3, n) * 8) / np.float32(8)  # many are equal
         logits[0, : n // 2], logits[1, 3], logits[2, n // 3 :] = -np.inf, np.nan, -np.inf
-        seen = np.where(np.isnan(logits), np.inf, logits)
+        seen = np.where(np.isfinite(logits), logits, np.inf)
         want_ids = np.argsort(-seen, axis=-1, kind="stable")[:, :k]
         shapes = (3, splits, k), (3, 1, k)
         (values, best), (ids, chosen) = ([unset(*shape, dtype=t) for shape in shapes] for t in (np.float32, np.int32))

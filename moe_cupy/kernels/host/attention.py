@@ -32,8 +32,8 @@ def from_half(half):
 
 @njit(inline="always")
 def half_bits(x):
-    """Bits int16 of the nearest half-precision number, ties to even; NaN where x is not finite or too large."""
-    near = bits_of(nan_unless_finite(to_half(x)))
+    """Bits int16 of the nearest half-precision number, ties to even."""
+    near = bits_of(to_half(x))
     size = near & np.int32(0x7FFFFFFF)
     small = bits_of(float_of(size) / HALF_MAGIC) >> np.int32(13)
     small = np.int32(0x7C00) | ((size >> np.int32(13)) & np.int32(0x3FF)) if size >= np.int32(0x7F800000) else small

@@ -15,7 +15,7 @@ from moe_cupy.kernels.host import jobs as j
 from moe_cupy.kernels.host import layer, routing
 from moe_cupy.kernels.host import pieces as p
 from moe_cupy.kernels.host.products import give
-from moe_cupy.kernels.host.rounding import float_of, nan_unless_finite, new_panel, round_rows
+from moe_cupy.kernels.host.rounding import float_of, nan_unless_finite, new_panel, round_rows, to_half
 
 STEP = 18
 MULTIPLY, ADD, NORM, ROPE, STORE, ATTEND, ROUTE, COMBINE, ADJUST, ACTIVATE, GATE = range(11)
@@ -104,7 +104,7 @@ def store(s, position):
     if s[HALVES]:
         kept = carray(p.shorts_at(s[OUT] + 2 * position * s[N]), s[N])
         for i in range(new.size):
-            kept[i] = attending.half_bits(new[i])
+            kept[i] = attending.half_bits(nan_unless_finite(to_half(new[i])))
     else:
         kept = floats(s[OUT] + 4 * position * s[N], s[N])
         for i in range(new.size):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -130,23 +129,15 @@ def _objects(flavour: Flavour, stems: tuple[str, ...], folder: Path, formats: tu
     jobs.append((main.stem, f'#include "{main}"\n', [main.read_text("utf-8")]))
     pool = ThreadPoolExecutor(os.cpu_count())
     with pool, undoing(partial(pool.shutdown, wait=False, cancel_futures=True)):
-        try:  # an interrupt may come before the last is submitted
-            made = [pool.submit(_object, name, text, inputs, flavour) for name, text, inputs in jobs]
+        made = [pool.submit(_object, name, text, inputs, flavour) for name, text, inputs in jobs]
+        try:
             return [each.result() for each in made]
-        except BaseException:
-            _give_up(pool)
+        except BaseException:  # an interrupt does not wait for compilers
+            while not all(each.cancel() or each.done() for each in made):
+                for process in tuple(_RUNNING):
+                    _kill(process)
+                time.sleep(0.01)
             raise
-
-
-def _give_up(pool: ThreadPoolExecutor) -> None:
-    """End a pool without waiting for its compilers."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    ending = threading.Thread(target=pool.shutdown)
-    ending.start()
-    while ending.is_alive():
-        for process in tuple(_RUNNING):
-            _kill(process)
-        time.sleep(0.01)
 
 
 def _inputs(stem: str, folder: Path) -> list[str]:
