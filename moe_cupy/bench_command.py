@@ -25,7 +25,7 @@ def cmd_bench(args: argparse.Namespace) -> None:
     if not tests or [0, 0] in args.pg:
         raise RequestError("nothing to measure: give -p N, -n N or -pg N,N above 0")
     args.ctx_size = args.ctx_size or max(test.context for test in tests)
-    given = bench.given_tokens(args.tokens) if args.tokens else None
+    given = None if args.tokens is None else bench.given_tokens(args.tokens)
     records = []
     wanted = list(combinations(args))
     for each in with_progress(wanted, "combinations", len(wanted)):

@@ -197,7 +197,7 @@ def test_run_says_how_many_tokens_it_generated(capsys):
     assert found["avg_ts"] == pytest.approx(4 / found["decoded_seconds"], rel=1e-3)
     for n, words in (("5", "5 tokens, "), ("1", "1 token\n")):
         assert cupy_main(["run", "-m", MODEL, "-p", "The", "-n", n]) == 0
-        out = capsys.readouterr().out
+        out = capsys.readouterr().err
         assert f"decode            {words}" in out and "prompt            1 token, " in out
 
 

@@ -41,7 +41,8 @@ def inspected(path: str | Path, capsys: pytest.CaptureFixture[str]) -> dict[str,
 def model_bytes(split: dict[str, Any] | None = None, **tokenizer: Any) -> bytes:
     """A tiny qwen3moe model, with ``tokenizer.ggml`` keys if there are any."""
     keys = {f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}
-    return gguf_bytes({**models.metadata(Shape()), **keys, **(split or {})}, models.tensors(Shape(), seed=0))
+    shape = Shape(vocab=len(tokenizer.get("tokens", range(96))))  # a row of the embedding for each token
+    return gguf_bytes({**models.metadata(shape), **keys, **(split or {})}, models.tensors(shape, seed=0))
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_switches_have_values_in_bench_as_in_llama_bench(capsys):
     got = parsed([*words, "--poll", "50", "-C", "0x0", "-b", "2048", "-ub", "512", "-r", "1"], capsys)
     two = parsed(["bench", "m", "-ot", "up_exps=CPU;down_exps=CUDA0", "-fit", "0"], capsys)
     assert [rule.device for rule in two["overrides"]] == ["CPU", "CUDA0"] and two["fit"] == "off"
-    assert got["model"] == "m" and (got["ubatch_size"], got["batch_size"], got["repetitions"]) == (512, 2048, 1)
+    assert got["model"] == ["m"] and (got["ubatch_size"], got["batch_size"], got["repetitions"]) == (512, 2048, 1)
 
 
 def test_escapes_are_read_where_asked():
@@ -225,7 +225,7 @@ def test_help_names_every_flag_in_groups_with_its_default(capsys):
     said = parsed(["run", "--help"], capsys)
     for title in ("prompt and length", "choosing tokens", "computing", "experts in memory"):
         assert f"\n{title}:\n" in said
-    assert "(default: 512)" in said and "usage: moe_cupy run MODEL (-p TEXT | -f FILE) [FLAGS]\n" in said
+    assert "(default: 512)" in said and "usage: moe-cupy run MODEL (-p TEXT | -f FILE) [FLAGS]\n" in said
 
 
 def test_a_mistake_is_one_line_of_usage_and_one_of_what_is_wrong(capsys):
@@ -234,4 +234,4 @@ def test_a_mistake_is_one_line_of_usage_and_one_of_what_is_wrong(capsys):
             main(words)
         said = capsys.readouterr().err.splitlines()
         assert ended.value.code == 2 and len(said) == 2, said
-        assert said[0].startswith("usage: moe_") and said[1].startswith("error: ")
+        assert said[0].startswith("usage: moe-") and said[1].startswith("error: ")

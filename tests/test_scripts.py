@@ -73,9 +73,9 @@ def test_make_test_checks_form_and_types_then_runs_tests_and_notebooks_in_one_py
     assert [line.split()[:3] for line in ran] == [["bootstrap.sh", "dev"]] + [
         ["python", "-m", tool] for tool in ("ruff", "ruff", "mypy", "pytest")
     ]
-    assert options(ran[-1]).startswith("-m not slow ") and options(ran[-1]).endswith(" tests notebooks")
+    assert options(ran[-1]).startswith("-m not slow ") and options(ran[-1]).endswith(" tests")
     _, ran, _ = run(tree, "sh", "scripts/test.sh", "--all")
-    assert options(ran[-1]).startswith("-m slow or not slow ") and options(ran[-1]).endswith(" tests notebooks")
+    assert options(ran[-1]).startswith("-m slow or not slow ") and options(ran[-1]).endswith(" tests")
     _, ran, _ = run(tree, "sh", "scripts/test.sh", "--share", "2/7")
     assert [options(line) for line in ran[1:]] == ["-m slow --slow-share 2/7 tests"]
 
